@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// Decode attention: out = softmax(softmax_scale * Q K^T) V over the whole cache of each sequence.
+//   q, out (B, Sq, Hq, D)   lse fp32 (B, Hq, Sq), natural log   Hq = num_kv_heads * head group
+// Every query token attends to every token of its sequence. An empty sequence gives 0 and -inf.
+#pragma once
+
+#include <cstdint>
+
+#include "bitdecoding/cache/paged_kv_cache.hpp"
+#include "bitdecoding/element_type.hpp"
+#include "bitdecoding/status.hpp"
+
+namespace bitdecoding {
+
+struct DecodeProblem {
+  PagedKvCache cache;
+  int query_tokens = 1;  // Sq
+  int query_heads = 0;   // Hq
+  float softmax_scale = 0.f;
+
+  ElementType type = ElementType::f16;  // of q and out
+  const void* q = nullptr;              // (B, Sq, Hq, D), unit channel stride; strides in elements
+  std::int64_t q_batch_stride = 0;
+  std::int64_t q_token_stride = 0;
+  std::int64_t q_head_stride = 0;
+  void* out = nullptr;  // (B, Sq, Hq, D), contiguous
+  float* lse = nullptr;  // (B, Hq, Sq), contiguous; nullptr: not wanted
+};
+
+// Everything the host can check without reading the arrays.
+Status validate(const DecodeProblem& problem);
+
+}  // namespace bitdecoding

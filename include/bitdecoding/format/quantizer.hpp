@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// The scalar quantiser: the definition that every back end reproduces bit for bit.
+//   value ~ code * scale + zero      code in [0, 2^bits - 1]; scale, zero fp16, one pair per group
+// All arithmetic is IEEE fp32, round to nearest, with no product fused into a sum; no fp32 subnormal
+// arises, so flush-to-zero modes don't matter. Asymmetric quantisation as in the BitDecoding paper,
+// with the rules for NaN, overflow, constant groups and first tokens made exact.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "bitdecoding/format/float16.hpp"
+#include "bitdecoding/format/kv_format.hpp"
+
+namespace bitdecoding::format {
+
+// Scale and zero-point of one group, as fp16 bits.
+struct GroupParameters {
+  std::uint16_t scale = 0;
+  std::uint16_t zero = 0;
+
+  friend constexpr bool operator==(const GroupParameters&, const GroupParameters&) = default;
+};
+
+// Smallest and largest value of a group; an empty group (first tokens only) stays empty.
+struct GroupRange {
+  float low = INFINITY;
+  float high = -INFINITY;
+  bool has_nan = false;
+
+  constexpr void include(float value) {
+    low = value < low ? value : low;
+    high = value > high ? value : high;
+    has_nan = has_nan || value != value;
+  }
+  constexpr void include(const GroupRange& other) {
+    low = other.low < low ? other.low : low;
+    high = other.high > high ? other.high : high;
+    has_nan = has_nan || other.has_nan;
+  }
+};
+
+// zero = rn16(low), scale = rn16((high - zero) / max_code). An empty group gives zeros; a NaN makes
+// both NaN; -0 is stored as +0, because the order of a minimum must not show in the bytes.
+constexpr GroupParameters group_parameters(const GroupRange& range, int bits) {
+  if (range.has_nan) return {kFp16NaN, kFp16NaN};
+  if (range.low > range.high) return {};
+  const std::uint16_t rounded = fp16_from_float(range.low);
+  const std::uint16_t zero = rounded == 0x8000u ? std::uint16_t{0} : rounded;
+  const float step = (range.high - float_from_fp16(zero)) / static_cast<float>(max_code(bits));
+  return {fp16_from_float(step > 0.f ? step : 0.f), zero};
+}
+
+// What a group's parameters turn into before its values are coded: r = 1 / scale, 0 for scale 0.
+struct GroupCoder {
+  float zero;
+  float inverse_scale;
+
+  constexpr explicit GroupCoder(const GroupParameters& p)
+      : zero(float_from_fp16(p.zero)), inverse_scale(0.f) {
+    const float scale = float_from_fp16(p.scale);
+    if (scale > 0.f) inverse_scale = 1.f / scale;
+  }
+
+  // clamp(rint((value - zero) * r), 0, max_code), ties to even; NaN gives 0.
+  constexpr std::uint32_t code(float value, int bits) const {
+    const float top = static_cast<float>(max_code(bits));
+    const float scaled = (value - zero) * inverse_scale;
+    const float positive = scaled > 0.f ? scaled : 0.f;
+    const float clamped = positive < top ? positive : top;
+    // Adding 1.5 * 2^23 leaves the rounded integer in the low mantissa bits.
+    return std::bit_cast<std::uint32_t>(clamped + 12582912.f) & 0xffu;
+  }
+};
+
+constexpr float dequantize(std::uint32_t code, const GroupParameters& p) {
+  return static_cast<float>(code) * float_from_fp16(p.scale) + float_from_fp16(p.zero);
+}
+
+// ---- token norms (KvFormat::token_norm): K is coded as k / norm ----
+
+// Partial sums a norm is made of: channel c goes to sum c % kNormSums in rising order of c, then
+// sums are halved pairwise (i and i + 16, i + 8, ...): the order a warp's butterfly adds in.
+inline constexpr int kNormSums = 32;
+
+constexpr std::uint16_t token_norm_from_sums(float (&sums)[kNormSums]) {
+  for (int width = kNormSums / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  }
+  return fp16_from_float(std::sqrt(sums[0]));
+}
+
+// rn16 of the Euclidean norm of one token's K of one head; `k` yields channel c as a float.
+template <class Channels>
+constexpr std::uint16_t token_norm(const Channels& k, int head_dim) {
+  float sums[kNormSums] = {};
+  for (int c = 0; c < head_dim; ++c) {
+    const float value = k(c);
+    sums[c % kNormSums] += value * value;
+  }
+  return token_norm_from_sums(sums);
+}
+
+// The factor that turns K into its coded form: 1 / norm, 0 for a zero token.
+constexpr float inverse_token_norm(std::uint16_t norm) {
+  const float value = float_from_fp16(norm);
+  return value != 0.f ? 1.f / value : 0.f;
+}
+
+}  // namespace bitdecoding::format

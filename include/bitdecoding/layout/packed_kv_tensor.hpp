@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// The packed KV tensor: the record of one (page, KV head) as CuTe tensors over (token, channel).
+// Kernels, the CPU backend and the tests reach page bytes through it and through nothing else.
+//   N = page_tokens, D = head_dim      Byte = std::uint8_t, or const std::uint8_t to read only
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include <cutlass/numeric_types.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "bitdecoding/layout/code_layout.hpp"
+#include "bitdecoding/layout/parameter_layout.hpp"
+
+namespace bitdecoding::layout {
+
+// The part of a KvFormat that is fixed at compile time; groups and page size stay run time.
+struct PageConfig {
+  int k_bits = 4;
+  int v_bits = 4;
+  KAxis k_axis = KAxis::channel;
+  int head_dim = 128;
+
+  friend constexpr bool operator==(const PageConfig&, const PageConfig&) = default;
+};
+
+constexpr PageConfig page_config(const KvFormat& f) {
+  return {f.k_bits, f.v_bits, f.k_axis, f.head_dim};
+}
+
+template <int Bits>
+using Code = std::conditional_t<Bits == 2, cute::uint2_t, cute::uint4_t>;
+
+// One lane's unit of K codes (16 or 8 bytes) and of V codes (16 bytes).
+template <int Words>
+struct alignas(4 * Words) Unit {
+  std::uint32_t word[Words];
+};
+
+template <PageConfig Config, class Byte = std::uint8_t>
+class PackedKvPage {
+ public:
+  using K = CodeShape<Config.k_bits, Config.head_dim>;
+  using V = CodeShape<Config.v_bits, Config.head_dim>;
+  using KUnit = Unit<K::k_unit_words>;
+  using VUnit = Unit<V::v_unit_words>;
+
+  // `bytes`: the first byte of the record, 16-byte aligned. The format must match `Config`.
+  CUTE_HOST_DEVICE constexpr PackedKvPage(const PageRecord& record, Byte* bytes)
+      : record_(record), bytes_(bytes) {}
+
+  CUTE_HOST_DEVICE constexpr const PageRecord& record() const { return record_; }
+
+  // ---- codes, one element each ----
+  CUTE_HOST_DEVICE constexpr auto k_codes() const {  // (N,D)
+    return codes<Config.k_bits>(record_.k_codes(0),
+                                k_code_layout<Config.k_bits, Config.head_dim>());
+  }
+  CUTE_HOST_DEVICE constexpr auto v_codes() const {  // (N,D)
+    return codes<Config.v_bits>(record_.v_codes(0),
+                                v_code_layout<Config.v_bits, Config.head_dim>());
+  }
+
+  // ---- codes, as the units that lanes read and write ----
+  CUTE_HOST_DEVICE constexpr auto k_units(int chunk) const {  // (lane,unit,block)
+    return view<KUnit>(record_.k_codes(chunk), k_unit_layout<Config.k_bits, Config.head_dim>());
+  }
+  CUTE_HOST_DEVICE constexpr auto v_units(int chunk) const {  // (lane,unit,part)
+    return view<VUnit>(record_.v_codes(chunk), v_unit_layout<Config.v_bits, Config.head_dim>());
+  }
+
+  // ---- parameters; elements of one group alias one fp16 ----
+  CUTE_HOST_DEVICE constexpr auto k_scales() const { return k_parameters(0); }             // (N,D)
+  CUTE_HOST_DEVICE constexpr auto k_zeros() const { return k_parameters(kKZeroDistance); }  // (N,D)
+  CUTE_HOST_DEVICE constexpr auto v_scales() const { return v_parameters(0); }             // (N,D)
+  CUTE_HOST_DEVICE constexpr auto v_zeros() const { return v_parameters(kChunkTokens); }   // (N,D)
+  // Only where the format has token norms.
+  CUTE_HOST_DEVICE constexpr auto token_norms() const {  // (N)
+    return view<cutlass::half_t>(record_.token_norms(0), token_order_layout(record_));
+  }
+
+ private:
+  template <class Element>
+  using Like = std::conditional_t<std::is_const_v<Byte>, const Element, Element>;
+
+  static constexpr int kKZeroDistance =
+      Config.k_axis == KAxis::channel ? Config.head_dim : kChunkTokens;
+
+  template <class Element, class LayoutType>
+  CUTE_HOST_DEVICE constexpr auto view(int offset_bytes, const LayoutType& layout) const {
+    return cute::make_tensor(reinterpret_cast<Like<Element>*>(bytes_ + offset_bytes), layout);
+  }
+
+  template <int Bits, class LayoutType>
+  CUTE_HOST_DEVICE constexpr auto codes(int offset_bytes, const LayoutType& chunk_layout) const {
+    using namespace cute;
+    const int chunk_codes = chunk_stride(record_) * kParameter_bytes * 8 / Bits;
+    const auto chunks = make_layout(record_.format().chunks(), chunk_codes);
+    const auto layout = make_layout(make_layout(get<0>(chunk_layout), chunks),  // ((64,chunk),D)
+                                    get<1>(chunk_layout));
+    return make_tensor(subbyte_iterator<Like<Code<Bits>>>(bytes_ + offset_bytes), layout);
+  }
+
+  CUTE_HOST_DEVICE constexpr auto k_parameters(int distance) const {
+    if constexpr (Config.k_axis == KAxis::channel) {
+      return view<cutlass::half_t>(record_.k_group(0) + distance * kParameter_bytes,
+                                   channel_parameter_layout<Config.head_dim>(record_));
+    } else {
+      return view<cutlass::half_t>(record_.k_token_parameters(0) + distance * kParameter_bytes,
+                                   token_parameter_layout(record_, record_.format().k_group));
+    }
+  }
+  CUTE_HOST_DEVICE constexpr auto v_parameters(int distance) const {
+    return view<cutlass::half_t>(record_.v_parameters(0) + distance * kParameter_bytes,
+                                 token_parameter_layout(record_, record_.format().v_group));
+  }
+
+  PageRecord record_;
+  Byte* bytes_;
+};
+
+}  // namespace bitdecoding::layout

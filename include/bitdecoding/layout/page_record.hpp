@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// Byte offsets inside the record of one (page, KV head): a constexpr function of the KvFormat.
+// A record is chunks of 64 tokens in order, so any run of chunks that starts at a K group is one
+// contiguous copy. Sections of a chunk, each at a multiple of 16 bytes:
+//   | K parameters of groups that begin here | K codes | V codes | V parameters |
+//   | K per-token parameters | token norms |            (the last two where the format has them)
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "bitdecoding/format/kv_format.hpp"
+
+namespace bitdecoding::layout {
+
+inline constexpr int kSectionAlignment_bytes = 16;  // cp.async and bulk copies move 16-byte pieces
+inline constexpr int kRecordAlignment_bytes = 128;
+inline constexpr int kParameter_bytes = 2;  // fp16
+
+constexpr int round_up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+class PageRecord {
+ public:
+  constexpr explicit PageRecord(const KvFormat& format) : format_(format) {}
+
+  constexpr const KvFormat& format() const { return format_; }
+
+  // ---- sizes of one section, bytes ----
+  constexpr int k_group_bytes() const { return 2 * format_.head_dim * kParameter_bytes; }
+  constexpr int k_codes_bytes() const { return codes_bytes(format_.k_bits); }
+  constexpr int v_codes_bytes() const { return codes_bytes(format_.v_bits); }
+  constexpr int v_parameters_bytes() const { return token_parameters_bytes(format_.v_groups()); }
+  constexpr int k_token_parameters_bytes() const {
+    return format_.k_axis == KAxis::token ? token_parameters_bytes(format_.k_groups()) : 0;
+  }
+  constexpr int token_norms_bytes() const {
+    return format_.token_norm ? kChunkTokens * kParameter_bytes : 0;
+  }
+
+  // Channel-axis K groups whose first token lies in the chunk; 0 for the token axis.
+  constexpr int k_groups_beginning_in(int chunk) const {
+    if (format_.k_axis == KAxis::token) return 0;
+    const auto groups_before = [this](int token) {
+      return (token + format_.k_group - 1) / format_.k_group;
+    };
+    return groups_before((chunk + 1) * kChunkTokens) - groups_before(chunk * kChunkTokens);
+  }
+
+  // ---- offsets from the start of the record, bytes ----
+  constexpr int chunk(int chunk) const {
+    int offset = 0;
+    for (int c = 0; c < chunk; ++c) offset += chunk_bytes(c);
+    return offset;
+  }
+  // Scales of a channel-axis K group, followed by its zeros.
+  constexpr int k_group(int group) const {
+    const int first = group * format_.k_group / kChunkTokens;
+    const int groups_before = first * kChunkTokens / format_.k_group;
+    return chunk(first) + (group - groups_before) * k_group_bytes();
+  }
+  constexpr int k_codes(int chunk_index) const {
+    return chunk(chunk_index) +
+           round_up(k_groups_beginning_in(chunk_index) * k_group_bytes(), kSectionAlignment_bytes);
+  }
+  constexpr int v_codes(int chunk) const { return k_codes(chunk) + aligned(k_codes_bytes()); }
+  constexpr int v_parameters(int chunk) const { return v_codes(chunk) + aligned(v_codes_bytes()); }
+  constexpr int k_token_parameters(int chunk) const {
+    return v_parameters(chunk) + aligned(v_parameters_bytes());
+  }
+  constexpr int token_norms(int chunk) const {
+    return k_token_parameters(chunk) + aligned(k_token_parameters_bytes());
+  }
+
+  constexpr int page_bytes() const {
+    return round_up(chunk(format_.chunks()), kRecordAlignment_bytes);
+  }
+
+ private:
+  static constexpr int aligned(int bytes) { return round_up(bytes, kSectionAlignment_bytes); }
+  constexpr int codes_bytes(int bits) const { return kChunkTokens * format_.head_dim * bits / 8; }
+  static constexpr int token_parameters_bytes(int groups) {
+    return groups * 2 * kChunkTokens * kParameter_bytes;
+  }
+  constexpr int chunk_bytes(int chunk) const {
+    return aligned(k_groups_beginning_in(chunk) * k_group_bytes()) + aligned(k_codes_bytes()) +
+           aligned(v_codes_bytes()) + aligned(v_parameters_bytes()) +
+           aligned(k_token_parameters_bytes()) + aligned(token_norms_bytes());
+  }
+
+  KvFormat format_;
+};
+
+static_assert(PageRecord({.k_bits = 4, .v_bits = 4}).page_bytes() == 17408);
+static_assert(PageRecord({.k_bits = 2, .v_bits = 2}).page_bytes() == 9216);
+
+}  // namespace bitdecoding::layout
+
+namespace bitdecoding {
+
+// Bytes of one (page, KV head) record.
+constexpr int page_bytes(const KvFormat& format) { return layout::PageRecord(format).page_bytes(); }
+
+// Stored bits per K or V element, parameters and padding included.
+constexpr double bits_per_element(const KvFormat& format) {
+  return 8.0 * page_bytes(format) / (2.0 * format.page_tokens * format.head_dim);
+}
+
+}  // namespace bitdecoding

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// Prefill pack: the whole pages of new tokens, quantised straight into the pool.
+// Row b's tokens are positions [P * first_page[b], ...) of its sequence; floor(count / P) pages are
+// written to pages block_table[b, first_page[b] + i]. Remaining tokens are not touched.
+#pragma once
+
+#include <cstdint>
+
+#include "bitdecoding/format/kv_format.hpp"
+#include "bitdecoding/quantize/token_rows.hpp"
+#include "bitdecoding/status.hpp"
+
+namespace bitdecoding {
+
+struct PackProblem {
+  KvFormat format;
+  int keep_first = 0;    // F: positions below it don't widen the ranges of channel-axis K groups
+  int num_kv_heads = 0;  // H
+  TokenRows k;           // (B, S, H, D)
+  TokenRows v;           // (B, S, H, D)
+  TokenRuns runs;
+
+  std::uint8_t* pool = nullptr;  // [num_pages, H, page_bytes], 16-byte aligned
+  int num_pages = 0;
+  const std::int32_t* block_table = nullptr;  // [B, max_pages]
+  int max_pages = 0;
+  const std::int32_t* first_page = nullptr;  // [B]; nullptr: 0
+};
+
+// Everything the host can check without reading the arrays.
+Status validate(const PackProblem& problem);
+
+}  // namespace bitdecoding
