@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// The facts of a build. CMake writes build_facts.hpp when it configures, git_revision.hpp at every build.
+#include "bitdecoding/build_info.hpp"
+
+#include "bitdecoding/version.hpp"
+#include "build_facts.hpp"
+#include "git_revision.hpp"
+
+namespace bitdecoding {
+
+BuildInfo build_info() {
+  return BuildInfo{
+      .version = kVersion,
+      .git = kGitRevision,
+      .compiler = kCompiler,
+      .cuda = kCudaCompiler,
+      .architectures = kCudaArchitectures,
+      .kernels = {std::begin(kKernels), std::end(kKernels) - 1},
+  };
+}
+
+}  // namespace bitdecoding
