@@ -77,7 +77,7 @@ constexpr float dequantize(std::uint32_t code, const GroupParameters& p) {
   return static_cast<float>(code) * float_from_fp16(p.scale) + float_from_fp16(p.zero);
 }
 
-// ---- token norms (KvFormat::token_norm): K is coded as k / norm ----
+// ---- token norms (KvFormat::token_norm) ----
 
 // Partial sums a norm is made of: channel c goes to sum c % kNormSums in rising order of c, then
 // sums are halved pairwise (i and i + 16, i + 8, ...): the order a warp's butterfly adds in.
@@ -101,10 +101,12 @@ constexpr std::uint16_t token_norm(const Channels& k, int head_dim) {
   return token_norm_from_sums(sums);
 }
 
-// The factor that turns K into its coded form: 1 / norm, 0 for a zero token.
-constexpr float inverse_token_norm(std::uint16_t norm) {
-  const float value = float_from_fp16(norm);
-  return value != 0.f ? 1.f / value : 0.f;
+// K as it is coded where the format has token norms: rn16(k * (1 / norm)), 0 for a zero token.
+// Both arguments and the result are fp16 bits; the quantiser sees nothing but fp16 values.
+constexpr std::uint16_t normalized_key(std::uint16_t k, std::uint16_t norm) {
+  const float length = float_from_fp16(norm);
+  const float inverse = length != 0.f ? 1.f / length : 0.f;
+  return fp16_from_float(float_from_fp16(k) * inverse);
 }
 
 }  // namespace bitdecoding::format
