@@ -12,17 +12,15 @@ set(BITDECODING_WAYS_OUT "Ways out: set CMAKE_CUDA_COMPILER to the nvcc of a com
 ${BITDECODING_CUDA_MINIMUM} or newer, or choose BITDECODING_CUDA=pypi (fetches a compiler) or off (no kernels).\n")
 
 function(bitdecoding_find_system_nvcc out)
-  set(nvcc "${CMAKE_CUDA_COMPILER}")
-  if(NOT nvcc)
-    set(nvcc "$ENV{CUDACXX}")
+  if(CMAKE_CUDA_COMPILER)
+    set(found "${CMAKE_CUDA_COMPILER}")
+  elseif(DEFINED ENV{CUDACXX})
+    set(found "$ENV{CUDACXX}")
+  else()
+    find_program(found nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin NO_CACHE)
   endif()
-  if(NOT nvcc)
-    find_program(nvcc nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin NO_CACHE)
-  endif()
-  if(NOT nvcc)
-    set(nvcc "")
-  endif()
-  set(${out} "${nvcc}" PARENT_SCOPE)
+  string(REPLACE "found-NOTFOUND" "" found "${found}")
+  set(${out} "${found}" PARENT_SCOPE)
 endfunction()
 
 # Compiles and links a program that needs every part of a toolkit that our kernels need.
@@ -80,4 +78,12 @@ macro(bitdecoding_choose_nvcc)
     set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}" CACHE FILEPATH "host compiler of nvcc")
     set(CMAKE_CUDA_ARCHITECTURES "80-real;90a-real" CACHE STRING "machine code only: drivers reject newer PTX")
   endif()
+endmacro()
+
+# bitdecoding::cudart, the static runtime of this compiler (find_package(CUDAToolkit) would want the shared one).
+macro(bitdecoding_find_cudart)
+  find_library(BITDECODING_CUDART cudart_static REQUIRED NO_CACHE HINTS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES})
+  add_library(bitdecoding::cudart STATIC IMPORTED GLOBAL)
+  set_target_properties(bitdecoding::cudart PROPERTIES
+    IMPORTED_LOCATION "${BITDECODING_CUDART}" INTERFACE_LINK_LIBRARIES "Threads::Threads;dl;rt")
 endmacro()
