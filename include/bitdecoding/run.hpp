@@ -20,8 +20,8 @@ struct CpuExecution {
 struct CudaExecution {
   int device = 0;          // the device that holds every pointer of the problem
   void* stream = nullptr;  // cudaStream_t
-  // Device int32 [4] or nullptr: sequence + 1, value, limit and kind of a bad index in device
-  // memory; its sequence writes nothing. The caller zeroes and reads it.
+  // Device int32 [4] or nullptr: sequence + 1, value, limit and PackError of the first bad index
+  // found in device memory. The caller zeroes it before and reads it after.
   int* error_word = nullptr;
 };
 

@@ -12,23 +12,10 @@
 #include <type_traits>
 
 #include "bitdecoding/layout/code_layout.hpp"
+#include "bitdecoding/layout/page_config.hpp"
 #include "bitdecoding/layout/parameter_layout.hpp"
 
 namespace bitdecoding::layout {
-
-// The part of a KvFormat that is fixed at compile time; groups and page size stay run time.
-struct PageConfig {
-  int k_bits = 4;
-  int v_bits = 4;
-  KAxis k_axis = KAxis::channel;
-  int head_dim = 128;
-
-  friend constexpr bool operator==(const PageConfig&, const PageConfig&) = default;
-};
-
-constexpr PageConfig page_config(const KvFormat& f) {
-  return {f.k_bits, f.v_bits, f.k_axis, f.head_dim};
-}
 
 template <int Bits>
 using Code = std::conditional_t<Bits == 2, cute::uint2_t, cute::uint4_t>;

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launch of the pack kernel on the current device: header users instantiate it with a row of their
+// own, the library with the rows of its table.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "bitdecoding/quantize/pack_kernel.cuh"
+
+namespace bitdecoding::quantize {
+
+// The problem must have passed validate() and validate_for_cuda(). Enqueues one kernel.
+template <class Row>
+cudaError_t launch_pack(const PackProblem& problem, cudaStream_t stream, int* error_word) {
+  const int pages = problem.runs.row_tokens / problem.format.page_tokens;  // of the longest row
+  if (pages == 0 || problem.runs.batch == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(pages) * 2u * static_cast<unsigned>(problem.num_kv_heads),
+                  static_cast<unsigned>(problem.runs.batch));
+  constexpr int kSmem_bytes = sizeof(PackStorage<Row::config.head_dim>);
+  static_assert(kSmem_bytes <= 48 * 1024, "more needs an opt-in attribute");
+  pack_pages<Row><<<grid, kPackThreads, kSmem_bytes, stream>>>(problem, error_word);
+  return cudaGetLastError();
+}
+
+}  // namespace bitdecoding::quantize

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// fp16 tile -> codes -> packed units. ldmatrix hands each lane the MMA's A fragment (V transposed on
+// the way), whose eight values are exactly the codes of one int4 word or of half an int2 word.
+//   in  sX (N,D) fp16, coders in shared memory      out  the units of the page, 16 or 8 bytes a lane
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/tensor.hpp>
+
+#include "bitdecoding/format/quantizer.hpp"
+#include "bitdecoding/layout/code_layout.hpp"
+#include "bitdecoding/quantize/token_tile.cuh"
+
+namespace bitdecoding::quantize {
+
+// Coders of all groups of a tile: one row per group of the grouped axis, one column per element of
+// the other axis (channel axis: [token group][channel], token axis: [channel group][token]).
+inline constexpr int kMaxGroups = 4;
+struct CoderTable {
+  format::GroupCoder coder[kMaxGroups][kMaxPageTokens];
+};
+static_assert(sizeof(CoderTable) == 8 * kMaxGroups * kMaxPageTokens);
+
+// One lane's A fragment of a 16x16 tile: value (h, m8, k8) is half h of register m8 + 2 * k8.
+struct Fragment {
+  std::uint32_t pair[4];
+
+  __device__ float value(int h, int m8, int k8) const {
+    const __half2 two = *reinterpret_cast<const __half2*>(&pair[m8 + 2 * k8]);
+    return h == 0 ? __low2float(two) : __high2float(two);
+  }
+};
+
+// A = K: m = token, k = channel.
+template <class Tile>
+__device__ Fragment load_k_fragment(const Tile& sX, int token, int channel, int lane) {
+  Fragment f;
+  const auto& row = sX(token + lane % 16, channel + lane / 16 * 8);
+  cute::SM75_U32x4_LDSM_N::copy(reinterpret_cast<const cute::uint128_t&>(row), f.pair[0], f.pair[1],
+                                f.pair[2], f.pair[3]);
+  return f;
+}
+
+// A = V^T: m = channel, k = token.
+template <class Tile>
+__device__ Fragment load_v_fragment(const Tile& sX, int token, int channel, int lane) {
+  Fragment f;
+  const auto& row = sX(token + lane / 16 * 8 + lane % 8, channel + lane / 8 % 2 * 8);
+  cute::SM75_U16x8_LDSM_T::copy(reinterpret_cast<const cute::uint128_t&>(row), f.pair[0], f.pair[1],
+                                f.pair[2], f.pair[3]);
+  return f;
+}
+
+// Bit of fragment value (h, m8, k8) of a word's `tile`-th 16x16 tile, read off the code layout.
+template <int Bits, int HeadDim>
+constexpr int k_word_bit(int h, int m8, int k8, int tile) {
+  const int code = layout::k_code_layout<Bits, HeadDim>()(8 * m8, 16 * tile + 8 * k8 + h);
+  return code * Bits % layout::kWord_bits;
+}
+template <int Bits, int HeadDim>
+constexpr int v_word_bit(int h, int m8, int k8, int tile) {
+  const int code = layout::v_code_layout<Bits, HeadDim>()(8 * k8 + h, 16 * tile + 8 * m8);
+  return code * Bits % layout::kWord_bits;
+}
+
+// Codes of a fragment, each at bit(h, m8, k8); coder(h, m8, k8) is the value's group's.
+template <int Bits, class Coder, class Bit>
+__device__ std::uint32_t code_fragment(const Fragment& f, const Coder& coder, const Bit& bit) {
+  std::uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int h = i % 2, m8 = i / 2 % 2, k8 = i / 4;
+    word |= coder(h, m8, k8).code(f.value(h, m8, k8), Bits) << bit(h, m8, k8);
+  }
+  return word;
+}
+
+// Packs sK (N,D). `group_of(token, channel)` is the row and `column_of` the column of CoderTable.
+template <layout::PageConfig Config, int Threads, class Page, class Tile>
+__device__ void pack_k_units(const Page& page, const Tile& sK, const CoderTable& table) {
+  using S = typename Page::K;
+  constexpr int kBits = Config.k_bits;
+  const KvFormat& format = page.record().format();
+  const int lane = threadIdx.x % layout::kLanes;
+  const int g = lane / 4, t = lane % 4;
+  const int blocks = format.page_tokens / layout::kBlockTokens;
+  for (int item = threadIdx.x / layout::kLanes; item < blocks * S::k_units;
+       item += Threads / layout::kLanes) {
+    const int block = item / S::k_units, unit = item % S::k_units;
+    const int token = block * layout::kBlockTokens;
+    typename Page::KUnit packed;
+#pragma unroll
+    for (int tile = 0; tile < S::k_unit_words * S::tiles_per_word; ++tile) {
+      const int channel = (unit * S::k_unit_words * S::tiles_per_word + tile) * 16;
+      const auto coder = [&](int h, int m8, int k8) -> const format::GroupCoder& {
+        if constexpr (Config.k_axis == KAxis::channel) {
+          return table.coder[token / format.k_group][channel + 8 * k8 + 2 * t + h];
+        } else {
+          return table.coder[channel / format.k_group][token + 8 * m8 + g];
+        }
+      };
+      const auto bit = [&](int h, int m8, int k8) {
+        return k_word_bit<kBits, Config.head_dim>(h, m8, k8, tile % S::tiles_per_word);
+      };
+      std::uint32_t& word = packed.word[tile / S::tiles_per_word];
+      if (tile % S::tiles_per_word == 0) word = 0;
+      word |= code_fragment<kBits>(load_k_fragment(sK, token, channel, lane), coder, bit);
+    }
+    constexpr int kBlocks = layout::kChunkBlocks;
+    page.k_units(block / kBlocks)(lane, unit, block % kBlocks) = packed;
+  }
+}
+
+// Packs sV (N,D).
+template <layout::PageConfig Config, int Threads, class Page, class Tile>
+__device__ void pack_v_units(const Page& page, const Tile& sV, const CoderTable& table) {
+  using S = typename Page::V;
+  constexpr int kBits = Config.v_bits;
+  constexpr int kChunkUnits = S::v_parts * S::v_units;
+  const KvFormat& format = page.record().format();
+  const int lane = threadIdx.x % layout::kLanes;
+  const int t = lane % 4;
+  for (int item = threadIdx.x / layout::kLanes; item < format.chunks() * kChunkUnits;
+       item += Threads / layout::kLanes) {
+    const int chunk = item / kChunkUnits;
+    const int part = item % kChunkUnits / S::v_units, unit = item % S::v_units;
+    typename Page::VUnit packed;
+#pragma unroll
+    for (int tile = 0; tile < S::v_unit_words * S::tiles_per_word; ++tile) {
+      const int word_index = unit * S::v_unit_words + tile / S::tiles_per_word;  // in the part
+      const int block = word_index / S::v_part_words;
+      const int word_channel = part * S::v_part_words + word_index % S::v_part_words;
+      const int token = chunk * kChunkTokens + block * layout::kBlockTokens;
+      const int channel = (word_channel * S::tiles_per_word + tile % S::tiles_per_word) * 16;
+      const auto coder = [&](int h, int, int k8) -> const format::GroupCoder& {
+        return table.coder[channel / format.v_group][token + 8 * k8 + 2 * t + h];
+      };
+      const auto bit = [&](int h, int m8, int k8) {
+        return v_word_bit<kBits, Config.head_dim>(h, m8, k8, tile % S::tiles_per_word);
+      };
+      std::uint32_t& word = packed.word[tile / S::tiles_per_word];
+      if (tile % S::tiles_per_word == 0) word = 0;
+      word |= code_fragment<kBits>(load_v_fragment(sV, token, channel, lane), coder, bit);
+    }
+    page.v_units(chunk)(lane, unit, part) = packed;
+  }
+}
+
+}  // namespace bitdecoding::quantize

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// One page of one head's K or V as an fp16 tile in shared memory: arrival from global memory in
+// 16-byte pieces (bf16 becomes fp16, magnitudes saturate at 65504) and division by token norms.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cute/tensor.hpp>
+
+#include <cutlass/numeric_types.h>
+
+#include "bitdecoding/format/quantizer.hpp"
+#include "bitdecoding/quantize/token_rows.hpp"
+
+namespace bitdecoding::quantize {
+
+inline constexpr int kMaxPageTokens = 128;
+
+// (N,D). Rows are padded by 16 bytes: eight rows start in eight different 16-byte bank groups.
+template <int HeadDim>
+using TileLayout = cute::Layout<cute::Shape<cute::Int<kMaxPageTokens>, cute::Int<HeadDim>>,
+                                cute::Stride<cute::Int<HeadDim + 8>, cute::_1>>;
+
+template <int HeadDim>
+__device__ auto make_tile(cutlass::half_t* smem) {
+  return cute::make_tensor(cute::make_smem_ptr(smem), TileLayout<HeadDim>{});  // (N,D)
+}
+
+__device__ inline __half2 saturate(__half2 pair) {
+  const __half2 top = __half2half2(__ushort_as_half(0x7bff));  // 65504
+  return __hmin2_nan(__hmax2_nan(pair, __hneg2(top)), top);
+}
+
+__device__ inline __half2 fp16_pair(unsigned bits, ElementType type) {
+  if (type == ElementType::f16) return saturate(*reinterpret_cast<const __half2*>(&bits));
+  return saturate(__float22half2_rn(__bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&bits))));
+}
+
+// Copies `tokens` rows of (batch, head) from position `token` on into sX (N,D).
+template <int Threads, class Tile>
+__device__ void load_tile(const TokenRows& rows, int batch, int token, int head, int tokens,
+                          const Tile& sX) {
+  constexpr int kPieces = cute::size<1>(Tile{}.layout()) / 8;  // of 16 bytes in a row
+  const auto* source = static_cast<const std::uint16_t*>(rows.data);
+#pragma unroll 4
+  for (int item = threadIdx.x; item < kPieces * tokens; item += Threads) {
+    const int row = item / kPieces;
+    const int channel = item % kPieces * 8;
+    const std::uint16_t* from = source + rows.offset(batch, token + row, head) + channel;
+    uint4 eight = __ldcs(reinterpret_cast<const uint4*>(from));  // read once: don't keep in L2
+    for (unsigned* pair : {&eight.x, &eight.y, &eight.z, &eight.w}) {
+      const __half2 arrived = fp16_pair(*pair, rows.type);
+      *pair = *reinterpret_cast<const unsigned*>(&arrived);
+    }
+    *reinterpret_cast<uint4*>(&sX(row, channel)) = eight;
+  }
+}
+
+// Norm of every token of sX (N,D) to store(token, norm); then k becomes k / norm in place.
+// A warp takes a token: lane i adds the squares of channels i, i + 32, ... as the definition does.
+template <int Threads, class Tile, class Store>
+__device__ void divide_by_norms(const Tile& sX, int tokens, const Store& store) {
+  constexpr int kLanes = format::kNormSums;
+  constexpr int kValues = cute::size<1>(Tile{}.layout()) / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  for (int token = threadIdx.x / kLanes; token < tokens; token += Threads / kLanes) {
+    float sum = 0.f;
+    for (int i = 0; i < kValues; ++i) {
+      const float k = static_cast<float>(sX(token, lane + i * kLanes));
+      sum = __fadd_rn(sum, __fmul_rn(k, k));
+    }
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, width));
+    }
+    const std::uint16_t norm = format::fp16_from_float(__fsqrt_rn(sum));
+    if (lane == 0) store(token, cutlass::half_t::bitcast(norm));
+    for (int i = 0; i < kValues; ++i) {
+      cutlass::half_t& k = sX(token, lane + i * kLanes);
+      k = cutlass::half_t::bitcast(format::normalized_key(k.raw(), norm));
+    }
+  }
+}
+
+}  // namespace bitdecoding::quantize
