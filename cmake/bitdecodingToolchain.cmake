@@ -2,7 +2,8 @@
 # Finds CUTLASS (CuTe) and the CUDA headers it includes, and offers them as the target bitdecoding::cute.
 # The build and find_package(bitdecoding) share this file. They look, in this order, at
 #   CUTLASS       CUTLASS_INCLUDE_DIR, the Python package nvidia-cutlass, the toolchain directory
-#   CUDA headers  BITDECODING_CUDA_INCLUDE_DIR, the CUDA compiler in use, the toolchain directory, a toolkit
+#   CUDA headers  BITDECODING_CUDA_INCLUDE_DIR, the CUDA compiler in use, the toolchain directory, the Python
+#                packages nvidia-cuda-{runtime,crt,cccl}, an installed toolkit
 # The toolchain directory holds pinned PyPI packages (toolchain.txt); only the build installs them there.
 set(BITDECODING_TOOLCHAIN_PINS "${CMAKE_CURRENT_LIST_DIR}/toolchain.txt")
 if(NOT EXISTS "${BITDECODING_TOOLCHAIN_PINS}")
@@ -47,66 +48,70 @@ function(bitdecoding_toolchain out name pattern)
   set(${out}_LINE "${line}" PARENT_SCOPE)
 endfunction()
 
-# BITDECODING_CUTLASS = an include directory with cute/ and cutlass/, or "" and BITDECODING_CUTLASS_REASON.
+# `out` = directory of an importable Python package, "" if there is none. Nothing is imported.
+function(bitdecoding_python_package out name)
+  if(NOT Python_EXECUTABLE)
+    find_package(Python QUIET COMPONENTS Interpreter)
+  endif()
+  set(ask "import sys, importlib.util as u
+try: print(u.find_spec('${name}').submodule_search_locations[0], end='')
+except (ImportError, AttributeError): pass")
+  execute_process(COMMAND "${Python_EXECUTABLE}" -c "${ask}" OUTPUT_VARIABLE dir ERROR_QUIET)
+  set(${out} "${dir}" PARENT_SCOPE)
+endfunction()
+
+# BITDECODING_CUTLASS = an include directory with cute/ and cutlass/; BITDECODING_CUTLASS_REASON = why there is none.
 function(bitdecoding_find_cutlass)
   set(dir "${CUTLASS_INCLUDE_DIR}")
-  set(ask "import importlib.util as u; s = u.find_spec('cutlass_library'); \
-print(s.submodule_search_locations[0] + '/source/include' if s else '', end='')")
-  if(NOT dir AND Python_EXECUTABLE)
-    execute_process(COMMAND "${Python_EXECUTABLE}" -c "${ask}" OUTPUT_VARIABLE dir ERROR_QUIET)
-  endif()
   set(reason "")
   if(NOT dir)
-    bitdecoding_toolchain(dir cutlass "cutlass")
-    set(reason "CUTLASS headers not found. Set CUTLASS_INCLUDE_DIR, or set BITDECODING_TOOLCHAIN_DIR and run\n  ${dir_LINE}\n")
-    if(dir)
-      string(APPEND dir /cutlass_library/source/include)
-      set(reason "")
+    bitdecoding_python_package(dir cutlass_library)
+    if(NOT dir)
+      bitdecoding_toolchain(dir cutlass "cutlass")
+      string(REGEX REPLACE "(.)$" "\\1/cutlass_library" dir "${dir}")
     endif()
+    string(REGEX REPLACE "(.)$" "\\1/source/include" dir "${dir}")
   endif()
-  if(dir)
-    set(version 0)
-    if(EXISTS "${dir}/cutlass/version.h")
-      file(STRINGS "${dir}/cutlass/version.h" version REGEX "^#define CUTLASS_(MAJOR|MINOR|PATCH) +[0-9]+")
-      string(REGEX REPLACE "[^;0-9]+" "" version "${version}")
-      string(REPLACE ";" "." version "${version}")
-    endif()
-    if(version VERSION_LESS BITDECODING_CUTLASS_MINIMUM)
-      set(reason "${dir} holds CUTLASS ${version}; needed is ${BITDECODING_CUTLASS_MINIMUM} or newer. \
-Set CUTLASS_INCLUDE_DIR to the include directory of one.")
-      set(dir "")
-    endif()
+  set(version "")
+  if(EXISTS "${dir}/cutlass/version.h")
+    file(STRINGS "${dir}/cutlass/version.h" version REGEX "^#define CUTLASS_(MAJOR|MINOR|PATCH) +[0-9]+")
+    string(REGEX REPLACE "[^;0-9]+" "" version "${version}")
+    string(REPLACE ";" "." version "${version}")
+  endif()
+  if(NOT dir)
+    set(reason "CUTLASS not found. Set CUTLASS_INCLUDE_DIR, or set BITDECODING_TOOLCHAIN_DIR and run\n  ${dir_LINE}\n")
+  elseif(NOT version OR version VERSION_LESS BITDECODING_CUTLASS_MINIMUM)
+    set(reason "CUTLASS in '${dir}' has version '${version}'; needed is ${BITDECODING_CUTLASS_MINIMUM} or newer. \
+Set CUTLASS_INCLUDE_DIR to its include directory.\n")
   endif()
   set(BITDECODING_CUTLASS "${dir}" PARENT_SCOPE)
   set(BITDECODING_CUTLASS_REASON "${reason}" PARENT_SCOPE)
 endfunction()
 
-# BITDECODING_CUDA_HEADERS = include directories of CUDA runtime and CCCL, or "" and ..._REASON.
+# BITDECODING_CUDA_HEADERS = include directories of the CUDA runtime and CCCL; ..._REASON = why there are none.
 function(bitdecoding_find_cuda_headers)
-  set(dir "${BITDECODING_CUDA_INCLUDE_DIR}")
-  if(NOT dir AND CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES)
-    list(GET CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES 0 dir)
-  endif()
+  set(candidates "${BITDECODING_CUDA_INCLUDE_DIR}" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
   set(line "")
-  if(NOT dir)
+  if(NOT candidates)
     bitdecoding_toolchain(dir cuda-headers "cuda-runtime|cuda-crt|cuda-cccl")
     set(line " and run\n  ${dir_LINE}\n")
-    if(dir)
-      string(APPEND dir /nvidia/cu13/include)
-    else()
+    bitdecoding_python_package(package nvidia.cu13)
+    set(candidates "${dir}/nvidia/cu13/include" "${package}/include")
+    if(NOT dir)
       find_package(CUDAToolkit 13.0 QUIET)
-      list(APPEND CUDAToolkit_INCLUDE_DIRS "")
-      list(GET CUDAToolkit_INCLUDE_DIRS 0 dir)
+      list(APPEND candidates ${CUDAToolkit_INCLUDE_DIRS})
     endif()
   endif()
-  set(reason "")
-  foreach(header cuda_runtime_api.h crt/host_defines.h cccl/cuda/std/utility)
-    if(NOT EXISTS "${dir}/${header}" AND NOT reason)
-      set(reason "CUDA headers: ${header} not found in '${dir}'. Set BITDECODING_CUDA_INCLUDE_DIR to the include \
-directory of CUDA 13.0 or newer, or set BITDECODING_TOOLCHAIN_DIR${line}")
+  set(reason "CUDA headers (runtime, crt, cccl) not found in: ${candidates}. Set BITDECODING_CUDA_INCLUDE_DIR to the \
+include directory of CUDA 13.0 or newer, or set BITDECODING_TOOLCHAIN_DIR${line}")
+  foreach(dir IN LISTS candidates)
+    if(EXISTS "${dir}/cuda_runtime_api.h" AND EXISTS "${dir}/crt/host_defines.h"
+       AND EXISTS "${dir}/cccl/cuda/std/utility")
+      set(BITDECODING_CUDA_HEADERS "${dir};${dir}/cccl" PARENT_SCOPE)
+      set(reason "")
+      break()
     endif()
   endforeach()
-  set(BITDECODING_CUDA_HEADERS "${dir};${dir}/cccl" PARENT_SCOPE)
   set(BITDECODING_CUDA_HEADERS_REASON "${reason}" PARENT_SCOPE)
 endfunction()
 
