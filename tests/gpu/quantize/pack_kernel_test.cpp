@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA pack writes the bytes of the CPU pack: every legal format, fp16 and bf16, all families of
+// values, ragged and padded rows, shuffled pages; nothing outside the pages it was given.
+#include <doctest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "bitdecoding/format/float16.hpp"
+#include "bitdecoding/run.hpp"
+#include "device_array.hpp"
+#include "legal_formats.hpp"
+
+namespace bitdecoding::test {
+namespace {
+
+constexpr int kRows = 4;        // B
+constexpr int kHeads = 2;       // H
+constexpr int kRowTokens = 409;  // S
+constexpr int kMaxPages = 9;
+constexpr std::uint8_t kPoison = 0xa5;
+
+enum class Family { normal, outlier_channels, constant, large, non_finite, tiny, last = tiny };
+
+// 16-bit patterns of (B, S, H, D).
+std::vector<std::uint16_t> draw(Family family, ElementType type, int head_dim, std::mt19937& rng) {
+  std::normal_distribution<float> normal;
+  std::uniform_int_distribution<int> one_in(0, 99);
+  std::vector<std::uint16_t> values(std::size_t(kRows) * kRowTokens * kHeads * head_dim);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    const int channel = int(i % head_dim);
+    float x = normal(rng);
+    if (family == Family::outlier_channels && channel % 13 == 3) x = 100.f * x + 40.f;
+    if (family == Family::constant) x = float(channel % 5) - 2.f;
+    if (family == Family::large) x = 6e4f + 3e3f * x;  // some overflow fp16
+    if (family == Family::non_finite && one_in(rng) == 0) x = x > 0.f ? INFINITY : -INFINITY;
+    if (family == Family::non_finite && one_in(rng) == 1) x = NAN;
+    if (family == Family::tiny) x *= 1e-7f;
+    std::uint16_t bits = format::fp16_from_float(x);
+    if (type == ElementType::bf16) {
+      if (family == Family::large && one_in(rng) < 5) x *= 1e30f;  // beyond fp16's range
+      bits = std::uint16_t(std::bit_cast<std::uint32_t>(x) >> 16);
+    } else if (std::isinf(x)) {
+      bits = x > 0.f ? 0x7c00 : 0xfc00;
+    } else if (one_in(rng) == 2) {
+      bits = 0x8000;  // -0
+    }
+    values[i] = bits;
+  }
+  return values;
+}
+
+struct PackCase {
+  PackProblem problem;  // without pointers
+  std::vector<std::uint16_t> k, v;
+  std::vector<std::int32_t> leftpad{0, 3, 17, 0}, num_tokens{409, 0, 0, 0}, first_page{0, 1, 0, 2};
+  std::vector<std::int32_t> block_table = std::vector<std::int32_t>(kRows * kMaxPages);
+  std::vector<std::uint8_t> pool;
+
+  PackCase(const KvFormat& f, Family family, ElementType type, int keep_first, unsigned seed) {
+    std::mt19937 rng(seed);
+    k = draw(family, type, f.head_dim, rng);
+    v = draw(family, type, f.head_dim, rng);
+    num_tokens[1] = f.page_tokens - 1;      // not one page
+    num_tokens[2] = 2 * f.page_tokens + 1;  // two, and a rest that is not touched
+    num_tokens[3] = 3 * f.page_tokens;
+    std::iota(block_table.begin(), block_table.end(), 0);
+    std::shuffle(block_table.begin(), block_table.end(), rng);
+    problem.format = f;
+    problem.keep_first = keep_first;
+    problem.num_kv_heads = kHeads;
+    problem.k = problem.v = {nullptr, type, std::int64_t(kRowTokens) * kHeads * f.head_dim,
+                             std::int64_t(kHeads) * f.head_dim, f.head_dim};
+    problem.num_pages = kRows * kMaxPages;
+    problem.max_pages = kMaxPages;
+    problem.runs = {kRows, kRowTokens, nullptr, nullptr};
+    pool.assign(std::size_t(problem.num_pages) * kHeads * page_bytes(f), kPoison);
+  }
+
+  PackProblem with(const std::uint16_t* k, const std::uint16_t* v, const std::int32_t* leftpad,
+                   const std::int32_t* num_tokens, const std::int32_t* first_page,
+                   const std::int32_t* block_table, std::uint8_t* pool) const {
+    PackProblem p = problem;
+    p.k.data = k;
+    p.v.data = v;
+    p.runs.leftpad = leftpad;
+    p.runs.num_tokens = num_tokens;
+    p.first_page = first_page;
+    p.block_table = block_table;
+    p.pool = pool;
+    return p;
+  }
+};
+
+std::vector<std::uint8_t> pack_on_cpu(const PackCase& c) {
+  std::vector<std::uint8_t> pool = c.pool;
+  const Status status =
+      pack_pages(c.with(c.k.data(), c.v.data(), c.leftpad.data(), c.num_tokens.data(),
+                        c.first_page.data(), c.block_table.data(), pool.data()),
+                 CpuExecution{});
+  REQUIRE_MESSAGE(status.is_ok(), status.text());
+  return pool;
+}
+
+struct DeviceResult {
+  std::vector<std::uint8_t> pool;
+  std::vector<int> error_word;
+};
+
+DeviceResult pack_on_device(const PackCase& c) {
+  const DeviceArray k(c.k), v(c.v);
+  const DeviceArray leftpad(c.leftpad), num_tokens(c.num_tokens), first_page(c.first_page);
+  const DeviceArray block_table(c.block_table);
+  const DeviceArray pool(c.pool);
+  const DeviceArray error_word(std::vector<int>(4, 0));
+  const Status status =
+      pack_pages(c.with(k.data(), v.data(), leftpad.data(), num_tokens.data(), first_page.data(),
+                        block_table.data(), pool.data()),
+                 CudaExecution{.error_word = error_word.data()});
+  REQUIRE_MESSAGE(status.is_ok(), status.text());
+  return {pool.host(), error_word.host()};
+}
+
+}  // namespace
+
+TEST_CASE("bytes equal the CPU's for every legal format") {
+  unsigned seed = std::random_device{}();
+  MESSAGE("first seed ", seed, ", formats ", legal_formats().size());
+  for (const KvFormat& f : legal_formats()) {
+    ++seed;
+    const Family family = Family(seed % (unsigned(Family::last) + 1));
+    const ElementType type = seed / 6 % 2 == 0 ? ElementType::f16 : ElementType::bf16;
+    const int keep_first = seed / 12 % 2 == 0 ? 16 : 0;
+    const PackCase c(f, family, type, keep_first, seed);
+    const DeviceResult device = pack_on_device(c);
+    const std::vector<std::uint8_t> cpu = pack_on_cpu(c);
+    const auto differ = std::mismatch(cpu.begin(), cpu.end(), device.pool.begin());
+    CHECK_MESSAGE(differ.first == cpu.end(), name(f), " seed ", seed, ": first different byte ",
+                  (differ.first - cpu.begin()) % page_bytes(f), " of its record");
+    CHECK(device.error_word[0] == 0);
+  }
+}
+
+TEST_CASE("every family of values, both element types, with and without first tokens") {
+  for (const bool norm : {false, true}) {
+    for (const KAxis axis : {KAxis::channel, KAxis::token}) {
+      const KvFormat f{.k_axis = axis, .k_group = 64, .v_group = 64, .token_norm = norm};
+      for (int family = 0; family <= int(Family::last); ++family) {
+        for (const ElementType type : {ElementType::f16, ElementType::bf16}) {
+          for (const int keep_first : {0, 16, 100, 128}) {
+            const PackCase c(f, Family(family), type, keep_first, 7u * unsigned(family) + 1u);
+            CAPTURE(name(f));
+            CAPTURE(family);
+            CAPTURE(keep_first);
+            CHECK(pack_on_device(c).pool == pack_on_cpu(c));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a page id outside the pool is skipped and reported, the other pages are right") {
+  const KvFormat f;
+  PackCase c(f, Family::normal, ElementType::f16, 16, 1);
+  const std::vector<std::uint8_t> expected = pack_on_cpu(c);
+  const int skipped = c.block_table[1];
+  c.block_table[1] = c.problem.num_pages;  // row 0, its second page
+  const DeviceResult device = pack_on_device(c);
+  CHECK(device.error_word == std::vector<int>{1, c.problem.num_pages, c.problem.num_pages,
+                                              int(PackError::page_id)});
+  const std::size_t bytes = std::size_t(kHeads) * page_bytes(f);
+  std::vector<std::uint8_t> others = expected;
+  std::fill_n(others.begin() + std::ptrdiff_t(skipped * bytes), bytes, kPoison);
+  CHECK(device.pool == others);
+}
+
+TEST_CASE("a run outside its row writes nothing of the sequence and is reported") {
+  PackCase c({}, Family::normal, ElementType::f16, 16, 2);
+  PackCase without = c;
+  without.num_tokens[3] = 0;
+  c.num_tokens[3] = kRowTokens + 1;
+  const DeviceResult device = pack_on_device(c);
+  CHECK(device.error_word ==
+        std::vector<int>{4, kRowTokens + 1, kRowTokens, int(PackError::run)});
+  CHECK(device.pool == pack_on_cpu(without));
+}
+
+TEST_CASE("what the host can see is refused before anything is launched") {
+  const PackCase c({}, Family::normal, ElementType::f16, 0, 3);
+  PackProblem p = c.with(c.k.data(), c.v.data(), nullptr, nullptr, nullptr, c.block_table.data(),
+                         const_cast<std::uint8_t*>(c.pool.data()));
+  p.k.type = ElementType::f32;
+  CHECK(pack_pages(p, CudaExecution{}).text() ==
+        "k dtype = float32; allowed on a CUDA device: float16, bfloat16");
+  p.k.type = ElementType::f16;
+  p.v.token_stride += 1;
+  const std::string text = pack_pages(p, CudaExecution{}).text();
+  CHECK(text.find("v stride = " + std::to_string(p.v.token_stride)) == 0);
+}
+
+}  // namespace bitdecoding::test
