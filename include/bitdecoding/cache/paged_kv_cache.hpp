@@ -84,7 +84,22 @@ inline Status validate(const PagedKvCache& c) {
   }
   if (!aligned(c.pool)) return invalid_argument("pool: its address must be a multiple of 16");
   if (!aligned(c.side)) return invalid_argument("side: its address must be a multiple of 16");
-  return {};
+  if (c.batch == 0) return {};
+  if (c.pool == nullptr && c.num_pages > 0) {
+    return invalid_argument("pool = null; allowed: an array [num_pages, num_kv_heads, page_bytes]");
+  }
+  if (c.side == nullptr && c.num_slots > 0) {
+    return invalid_argument("side = null; allowed: an array [num_slots, num_kv_heads, 2, rows, D]");
+  }
+  if (c.block_table == nullptr && c.max_pages > 0) {
+    return invalid_argument("block_table = null; allowed: an array [B, max_pages]");
+  }
+  const auto present = [](const char* argument, const void* array) {
+    return array == nullptr ? invalid_argument(argument, " = null; allowed: an array [B]") : Status();
+  };
+  if (Status status = present("slots", c.slots); !status.is_ok()) return status;
+  if (Status status = present("lengths", c.lengths); !status.is_ok()) return status;
+  return present("packed", c.packed);
 }
 
 }  // namespace bitdecoding

@@ -4,6 +4,7 @@
 // Every query token attends to every token of its sequence. An empty sequence gives 0 and -inf.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "bitdecoding/cache/paged_kv_cache.hpp"
@@ -28,6 +29,23 @@ struct DecodeProblem {
 };
 
 // Everything the host can check without reading the arrays.
-Status validate(const DecodeProblem& problem);
+inline Status validate(const DecodeProblem& p) {
+  if (Status status = validate(p.cache); !status.is_ok()) return status;
+  if (p.query_tokens < 0) {
+    return invalid_argument("query_tokens = ", p.query_tokens, "; allowed: 0 or more");
+  }
+  if (p.query_heads < 1 || p.query_heads % p.cache.num_kv_heads != 0) {
+    return invalid_argument("query_heads = ", p.query_heads, "; allowed: multiples of num_kv_heads (",
+                            p.cache.num_kv_heads, ")");
+  }
+  // 0 is what a forgotten field holds.
+  if (!std::isfinite(p.softmax_scale) || p.softmax_scale == 0.f) {
+    return invalid_argument("softmax_scale = ", p.softmax_scale, "; allowed: finite, not 0");
+  }
+  if (p.cache.batch == 0 || p.query_tokens == 0) return {};
+  if (p.q == nullptr) return invalid_argument("q = null; allowed: an array (B, Sq, Hq, D)");
+  if (p.out == nullptr) return invalid_argument("out = null; allowed: an array (B, Sq, Hq, D)");
+  return {};
+}
 
 }  // namespace bitdecoding

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -151,6 +152,12 @@ inline Status parse_kv_format(std::string_view text, KvFormat* result) {
 template <>
 struct std::hash<bitdecoding::KvFormat> {
   std::size_t operator()(const bitdecoding::KvFormat& f) const noexcept {
-    return std::hash<std::string>{}(bitdecoding::name(f));
+    // Fields of legal formats are at most 128, so base 257 keeps all of them apart.
+    std::size_t hash = 0;
+    for (const int field : {f.k_bits, f.v_bits, static_cast<int>(f.k_axis), f.k_group, f.v_group,
+                            f.page_tokens, f.head_dim, static_cast<int>(f.token_norm)}) {
+      hash = hash * 257 + static_cast<std::size_t>(field);
+    }
+    return hash;
   }
 };

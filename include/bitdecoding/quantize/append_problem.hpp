@@ -18,6 +18,14 @@ struct AppendProblem {
 };
 
 // Everything the host can check without reading the arrays.
-Status validate(const AppendProblem& problem);
+inline Status validate(const AppendProblem& p) {
+  if (Status status = validate(p.cache); !status.is_ok()) return status;
+  if (Status status = validate(p.runs, p.k, p.v); !status.is_ok()) return status;
+  if (p.runs.batch != p.cache.batch) {
+    return invalid_argument("batch of k and v = ", p.runs.batch, "; allowed: ", p.cache.batch,
+                            " (batch of the cache)");
+  }
+  return {};
+}
 
 }  // namespace bitdecoding

@@ -15,6 +15,9 @@ namespace bitdecoding::quantize {
 // Groups are whole runs of 32 values: tokens of one channel, or channels of one token.
 inline constexpr int kRunValues = 32;
 
+// Group and page sizes are powers of two: a shift instead of a division.
+__device__ inline int log2_of(int power) { return 31 - __clz(power); }
+
 // Minimum and maximum of two neighbouring values at once; NaN stays.
 struct PairRange {
   __half2 low = __half2half2(__ushort_as_half(0x7c00));   // +inf
@@ -43,11 +46,11 @@ template <int Threads, class Tile, class Visit>
 __device__ void visit_channel_groups(const Tile& sX, int tokens, int group_tokens, int first_token,
                                      const Visit& visit) {
   constexpr int kPairs = cute::size<1>(Tile{}.layout()) / 2;
-  const int runs = tokens / kRunValues;
+  const int runs = tokens / kRunValues, runs_log2 = log2_of(runs);
   const int runs_per_group = group_tokens / kRunValues;
   for (int item = threadIdx.x; item < kPairs * runs; item += Threads) {
-    const int run = item % runs;
-    const int channel = item / runs * 2;
+    const int run = item & (runs - 1);
+    const int channel = item >> runs_log2 << 1;
     PairRange range;
 #pragma unroll 8
     for (int step = 0; step < kRunValues; ++step) {
@@ -58,7 +61,7 @@ __device__ void visit_channel_groups(const Tile& sX, int tokens, int group_token
       }
     }
     range.include_lanes(runs_per_group);
-    if (run % runs_per_group == 0) {
+    if ((run & (runs_per_group - 1)) == 0) {
       const int token = run * kRunValues;
       visit(channel, token, group_range(__low2half(range.low), __low2half(range.high)));
       visit(channel + 1, token, group_range(__high2half(range.low), __high2half(range.high)));
@@ -86,7 +89,7 @@ __device__ void visit_token_groups(const Tile& sX, int tokens, int group_channel
       }
     }
     range.include_lanes(runs_per_group);
-    if (run % runs_per_group == 0) {
+    if ((run & (runs_per_group - 1)) == 0) {
       const __half low = __hmin_nan(__low2half(range.low), __high2half(range.low));
       const __half high = __hmax_nan(__low2half(range.high), __high2half(range.high));
       visit(run * kRunValues, token, group_range(low, high));

@@ -94,9 +94,9 @@ __device__ void pack_k(const PackProblem& p, const PackTask& task, const Page& p
     gZero(token, channel) = cutlass::half_t::bitcast(parameters.zero);
     const format::GroupCoder coder(parameters);
     if constexpr (Config.k_axis == KAxis::channel) {
-      s.coders.coder[token / p.format.k_group][channel] = coder;
+      s.coders.coder[token >> log2_of(p.format.k_group)][channel] = coder;
     } else {
-      s.coders.coder[channel / p.format.k_group][token] = coder;
+      s.coders.coder[channel >> log2_of(p.format.k_group)][token] = coder;
     }
   };
   if constexpr (Config.k_axis == KAxis::channel) {
@@ -122,7 +122,8 @@ __device__ void pack_v(const PackProblem& p, const PackTask& task, const Page& p
         const auto parameters = format::group_parameters(range, Config.v_bits);
         gScale(token, channel) = cutlass::half_t::bitcast(parameters.scale);
         gZero(token, channel) = cutlass::half_t::bitcast(parameters.zero);
-        s.coders.coder[channel / p.format.v_group][token] = format::GroupCoder(parameters);
+        s.coders.coder[channel >> log2_of(p.format.v_group)][token] =
+            format::GroupCoder(parameters);
       });
   __syncthreads();
   pack_v_units<Config, kPackThreads>(page, sV, s.coders);

@@ -35,6 +35,33 @@ enum class PackError : int {
 };
 
 // Everything the host can check without reading the arrays.
-Status validate(const PackProblem& problem);
+inline Status validate(const PackProblem& p) {
+  if (Status status = validate(p.format); !status.is_ok()) return status;
+  if (Status status = validate(p.runs, p.k, p.v); !status.is_ok()) return status;
+  if (p.keep_first < 0 || p.keep_first > p.format.page_tokens) {
+    return invalid_argument("keep_first = ", p.keep_first, "; allowed: 0 to page_tokens (",
+                            p.format.page_tokens, ")");
+  }
+  if (p.num_kv_heads < 1) {
+    return invalid_argument("num_kv_heads = ", p.num_kv_heads, "; allowed: 1 or more");
+  }
+  if (p.num_pages < 0) {
+    return invalid_argument("num_pages = ", p.num_pages, "; allowed: 0 or more");
+  }
+  if (p.max_pages < 0) {
+    return invalid_argument("max_pages = ", p.max_pages, "; allowed: 0 or more");
+  }
+  if (reinterpret_cast<std::uintptr_t>(p.pool) % 16 != 0) {
+    return invalid_argument("pool: its address must be a multiple of 16");
+  }
+  if (p.runs.batch == 0) return {};
+  if (p.pool == nullptr && p.num_pages > 0) {
+    return invalid_argument("pool = null; allowed: an array [num_pages, num_kv_heads, page_bytes]");
+  }
+  if (p.block_table == nullptr && p.max_pages > 0) {
+    return invalid_argument("block_table = null; allowed: an array [B, max_pages]");
+  }
+  return {};
+}
 
 }  // namespace bitdecoding

@@ -11,6 +11,7 @@
 
 #include "bitdecoding/format/quantizer.hpp"
 #include "bitdecoding/layout/code_layout.hpp"
+#include "bitdecoding/quantize/group_range.cuh"
 #include "bitdecoding/quantize/token_tile.cuh"
 
 namespace bitdecoding::quantize {
@@ -77,7 +78,7 @@ __device__ std::uint32_t code_fragment(const Fragment& f, const Coder& coder, co
   return word;
 }
 
-// Packs sK (N,D). `group_of(token, channel)` is the row and `column_of` the column of CoderTable.
+// Packs sK (N,D).
 template <layout::PageConfig Config, int Threads, class Page, class Tile>
 __device__ void pack_k_units(const Page& page, const Tile& sK, const CoderTable& table) {
   using S = typename Page::K;
@@ -85,6 +86,7 @@ __device__ void pack_k_units(const Page& page, const Tile& sK, const CoderTable&
   const KvFormat& format = page.record().format();
   const int lane = threadIdx.x % layout::kLanes;
   const int g = lane / 4, t = lane % 4;
+  const int group_log2 = log2_of(format.k_group);
   const int blocks = format.page_tokens / layout::kBlockTokens;
   for (int item = threadIdx.x / layout::kLanes; item < blocks * S::k_units;
        item += Threads / layout::kLanes) {
@@ -96,9 +98,9 @@ __device__ void pack_k_units(const Page& page, const Tile& sK, const CoderTable&
       const int channel = (unit * S::k_unit_words * S::tiles_per_word + tile) * 16;
       const auto coder = [&](int h, int m8, int k8) -> const format::GroupCoder& {
         if constexpr (Config.k_axis == KAxis::channel) {
-          return table.coder[token / format.k_group][channel + 8 * k8 + 2 * t + h];
+          return table.coder[token >> group_log2][channel + 8 * k8 + 2 * t + h];
         } else {
-          return table.coder[channel / format.k_group][token + 8 * m8 + g];
+          return table.coder[channel >> group_log2][token + 8 * m8 + g];
         }
       };
       const auto bit = [&](int h, int m8, int k8) {
@@ -122,6 +124,7 @@ __device__ void pack_v_units(const Page& page, const Tile& sV, const CoderTable&
   const KvFormat& format = page.record().format();
   const int lane = threadIdx.x % layout::kLanes;
   const int t = lane % 4;
+  const int group_log2 = log2_of(format.v_group);
   for (int item = threadIdx.x / layout::kLanes; item < format.chunks() * kChunkUnits;
        item += Threads / layout::kLanes) {
     const int chunk = item / kChunkUnits;
@@ -135,7 +138,7 @@ __device__ void pack_v_units(const Page& page, const Tile& sV, const CoderTable&
       const int token = chunk * kChunkTokens + block * layout::kBlockTokens;
       const int channel = (word_channel * S::tiles_per_word + tile % S::tiles_per_word) * 16;
       const auto coder = [&](int h, int, int k8) -> const format::GroupCoder& {
-        return table.coder[channel / format.v_group][token + 8 * k8 + 2 * t + h];
+        return table.coder[channel >> group_log2][token + 8 * k8 + 2 * t + h];
       };
       const auto bit = [&](int h, int m8, int k8) {
         return v_word_bit<kBits, Config.head_dim>(h, m8, k8, tile % S::tiles_per_word);

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "bitdecoding/element_type.hpp"
+#include "bitdecoding/status.hpp"
 
 namespace bitdecoding {
 
@@ -35,5 +36,17 @@ struct TokenRuns {
     return num_tokens == nullptr ? row_tokens - begin(b) : num_tokens[b];
   }
 };
+
+// Everything the host can check of the new tokens without reading the arrays.
+inline Status validate(const TokenRuns& runs, const TokenRows& k, const TokenRows& v) {
+  if (runs.batch < 0) return invalid_argument("batch = ", runs.batch, "; allowed: 0 or more");
+  if (runs.row_tokens < 0) {
+    return invalid_argument("row_tokens = ", runs.row_tokens, "; allowed: 0 or more");
+  }
+  if (runs.batch == 0 || runs.row_tokens == 0) return {};
+  if (k.data == nullptr) return invalid_argument("k = null; allowed: an array (B, S, H, D)");
+  if (v.data == nullptr) return invalid_argument("v = null; allowed: an array (B, S, H, D)");
+  return {};
+}
 
 }  // namespace bitdecoding
