@@ -83,7 +83,7 @@ class PackedKvPage {
   template <int Bits, class LayoutType>
   CUTE_HOST_DEVICE constexpr auto codes(int offset_bytes, const LayoutType& chunk_layout) const {
     using namespace cute;
-    const int chunk_codes = chunk_stride(record_) * kParameter_bytes * 8 / Bits;
+    const int chunk_codes = record_.chunk_stride() * 8 / Bits;
     const auto chunks = make_layout(record_.format().chunks(), chunk_codes);
     const auto layout = make_layout(make_layout(get<0>(chunk_layout), chunks),  // ((64,chunk),D)
                                     get<1>(chunk_layout));

@@ -23,7 +23,16 @@ constexpr int round_up(int value, int multiple) {
 
 class PageRecord {
  public:
-  constexpr explicit PageRecord(const KvFormat& format) : format_(format) {}
+  constexpr explicit PageRecord(const KvFormat& format)
+      : format_(format),
+        k_codes_(aligned(k_groups_beginning_in(0) * k_group_bytes())),
+        v_codes_(k_codes_ + aligned(k_codes_bytes())),
+        v_parameters_(v_codes_ + aligned(v_codes_bytes())),
+        k_token_parameters_(v_parameters_ + aligned(v_parameters_bytes())),
+        token_norms_(k_token_parameters_ + aligned(k_token_parameters_bytes())),
+        first_chunk_(token_norms_ + aligned(token_norms_bytes())),
+        chunk_stride_(first_chunk_ + aligned(k_groups_beginning_in(1) * k_group_bytes()) -
+                      k_codes_) {}
 
   constexpr const KvFormat& format() const { return format_; }
 
@@ -42,17 +51,13 @@ class PageRecord {
   // Channel-axis K groups whose first token lies in the chunk; 0 for the token axis.
   constexpr int k_groups_beginning_in(int chunk) const {
     if (format_.k_axis == KAxis::token) return 0;
-    const auto groups_before = [this](int token) {
-      return (token + format_.k_group - 1) / format_.k_group;
-    };
-    return groups_before((chunk + 1) * kChunkTokens) - groups_before(chunk * kChunkTokens);
+    if (format_.k_group <= kChunkTokens) return kChunkTokens / format_.k_group;
+    return chunk * kChunkTokens % format_.k_group == 0 ? 1 : 0;
   }
 
   // ---- offsets from the start of the record, bytes ----
   constexpr int chunk(int chunk) const {
-    int offset = 0;
-    for (int c = 0; c < chunk; ++c) offset += chunk_bytes(c);
-    return offset;
+    return chunk == 0 ? 0 : first_chunk_ + (chunk - 1) * chunk_stride_;
   }
   // Scales of a channel-axis K group, followed by its zeros.
   constexpr int k_group(int group) const {
@@ -60,18 +65,15 @@ class PageRecord {
     const int groups_before = first * kChunkTokens / format_.k_group;
     return chunk(first) + (group - groups_before) * k_group_bytes();
   }
-  constexpr int k_codes(int chunk_index) const {
-    return chunk(chunk_index) +
-           round_up(k_groups_beginning_in(chunk_index) * k_group_bytes(), kSectionAlignment_bytes);
-  }
-  constexpr int v_codes(int chunk) const { return k_codes(chunk) + aligned(k_codes_bytes()); }
-  constexpr int v_parameters(int chunk) const { return v_codes(chunk) + aligned(v_codes_bytes()); }
+  constexpr int k_codes(int chunk) const { return k_codes_ + chunk * chunk_stride_; }
+  constexpr int v_codes(int chunk) const { return v_codes_ + chunk * chunk_stride_; }
+  constexpr int v_parameters(int chunk) const { return v_parameters_ + chunk * chunk_stride_; }
   constexpr int k_token_parameters(int chunk) const {
-    return v_parameters(chunk) + aligned(v_parameters_bytes());
+    return k_token_parameters_ + chunk * chunk_stride_;
   }
-  constexpr int token_norms(int chunk) const {
-    return k_token_parameters(chunk) + aligned(k_token_parameters_bytes());
-  }
+  constexpr int token_norms(int chunk) const { return token_norms_ + chunk * chunk_stride_; }
+  // From a section to the same section of the next chunk.
+  constexpr int chunk_stride() const { return chunk_stride_; }
 
   constexpr int page_bytes() const {
     return round_up(chunk(format_.chunks()), kRecordAlignment_bytes);
@@ -83,15 +85,14 @@ class PageRecord {
   static constexpr int token_parameters_bytes(int groups) {
     return groups * 2 * kChunkTokens * kParameter_bytes;
   }
-  constexpr int chunk_bytes(int chunk) const {
-    return aligned(k_groups_beginning_in(chunk) * k_group_bytes()) + aligned(k_codes_bytes()) +
-           aligned(v_codes_bytes()) + aligned(v_parameters_bytes()) +
-           aligned(k_token_parameters_bytes()) + aligned(token_norms_bytes());
-  }
 
   KvFormat format_;
+  // Offsets of the first chunk's sections, computed once: kernels take them as they are.
+  int k_codes_, v_codes_, v_parameters_, k_token_parameters_, token_norms_, first_chunk_;
+  int chunk_stride_;
 };
 
+// Pages have at most two chunks: one stride serves whether or not the second begins K groups.
 static_assert(PageRecord({.k_bits = 4, .v_bits = 4}).page_bytes() == 17408);
 static_assert(PageRecord({.k_bits = 2, .v_bits = 2}).page_bytes() == 9216);
 

@@ -12,12 +12,6 @@
 
 namespace bitdecoding::layout {
 
-// fp16 elements from one page chunk to the next; 0 where a page has only one.
-constexpr int chunk_stride(const PageRecord& record) {
-  if (record.format().chunks() == 1) return 0;
-  return (record.v_codes(1) - record.v_codes(0)) / kParameter_bytes;
-}
-
 // (token P, channel D) -> element, from the first K group's scales. Zeros lie HeadDim further.
 template <int HeadDim>
 constexpr auto channel_parameter_layout(const PageRecord& record) {
@@ -27,7 +21,7 @@ constexpr auto channel_parameter_layout(const PageRecord& record) {
   const int runs = f.page_tokens / (f.k_group * groups_in_chunk);
   const auto channels = Layout<Shape<_2, _4, Int<HeadDim / 8>>, Stride<_1, Int<HeadDim / 4>, _2>>{};
   return make_layout(make_layout(make_shape(f.k_group, groups_in_chunk, runs),
-                                 make_stride(_0{}, Int<2 * HeadDim>{}, chunk_stride(record))),
+                                 make_stride(_0{}, Int<2 * HeadDim>{}, record.chunk_stride() / kParameter_bytes)),
                      channels);
 }
 
@@ -35,7 +29,7 @@ constexpr auto channel_parameter_layout(const PageRecord& record) {
 constexpr auto token_order_layout(const PageRecord& record) {
   using namespace cute;
   return make_layout(make_shape(_8{}, _8{}, record.format().chunks()),
-                     make_stride(_8{}, _1{}, chunk_stride(record)));
+                     make_stride(_8{}, _1{}, record.chunk_stride() / kParameter_bytes));
 }
 
 // (token P, channel) -> element, from the first chunk's scales. Zeros lie kChunkTokens further.

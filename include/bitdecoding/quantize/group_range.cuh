@@ -48,6 +48,7 @@ __device__ void visit_channel_groups(const Tile& sX, int tokens, int group_token
   constexpr int kPairs = cute::size<1>(Tile{}.layout()) / 2;
   const int runs = tokens / kRunValues, runs_log2 = log2_of(runs);
   const int runs_per_group = group_tokens / kRunValues;
+#pragma unroll 1
   for (int item = threadIdx.x; item < kPairs * runs; item += Threads) {
     const int run = item & (runs - 1);
     const int channel = item >> runs_log2 << 1;
@@ -76,6 +77,7 @@ __device__ void visit_token_groups(const Tile& sX, int tokens, int group_channel
                                    const Visit& visit) {
   constexpr int kRuns = cute::size<1>(Tile{}.layout()) / kRunValues;
   const int runs_per_group = group_channels / kRunValues;
+#pragma unroll 1
   for (int item = threadIdx.x; item < kRuns * tokens; item += Threads) {
     const int run = item % kRuns;
     const int token = item / kRuns;

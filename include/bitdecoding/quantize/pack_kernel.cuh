@@ -139,14 +139,14 @@ __device__ void zero_padding(const Page& page, std::uint8_t* bytes) {
 // `Row` is a row of the kernel table: a struct whose static `config` is the PageConfig.
 template <class Row>
 __global__ void __launch_bounds__(kPackThreads)
-    pack_pages(const __grid_constant__ PackProblem p, int* error_word) {
+    pack_pages(const __grid_constant__ PackProblem p,
+               const __grid_constant__ layout::PageRecord record, int* error_word) {
   constexpr layout::PageConfig config = Row::config;
   extern __shared__ __align__(128) unsigned char smem[];
   auto& storage = *reinterpret_cast<PackStorage<config.head_dim>*>(smem);
 
   const PackTask task = find_task(p, error_word);
   if (task.page_id < 0) return;
-  const layout::PageRecord record(p.format);
   std::uint8_t* bytes =
       p.pool + (static_cast<std::int64_t>(task.page_id) * p.num_kv_heads + task.head) *
                    record.page_bytes();

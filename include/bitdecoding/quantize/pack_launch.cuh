@@ -18,7 +18,8 @@ cudaError_t launch_pack(const PackProblem& problem, cudaStream_t stream, int* er
                   static_cast<unsigned>(problem.runs.batch));
   constexpr int kSmem_bytes = sizeof(PackStorage<Row::config.head_dim>);
   static_assert(kSmem_bytes <= 48 * 1024, "more needs an opt-in attribute");
-  pack_pages<Row><<<grid, kPackThreads, kSmem_bytes, stream>>>(problem, error_word);
+  const layout::PageRecord record(problem.format);
+  pack_pages<Row><<<grid, kPackThreads, kSmem_bytes, stream>>>(problem, record, error_word);
   return cudaGetLastError();
 }
 

@@ -88,6 +88,7 @@ __device__ void pack_k_units(const Page& page, const Tile& sK, const CoderTable&
   const int g = lane / 4, t = lane % 4;
   const int group_log2 = log2_of(format.k_group);
   const int blocks = format.page_tokens / layout::kBlockTokens;
+#pragma unroll 1
   for (int item = threadIdx.x / layout::kLanes; item < blocks * S::k_units;
        item += Threads / layout::kLanes) {
     const int block = item / S::k_units, unit = item % S::k_units;
@@ -125,6 +126,7 @@ __device__ void pack_v_units(const Page& page, const Tile& sV, const CoderTable&
   const int lane = threadIdx.x % layout::kLanes;
   const int t = lane % 4;
   const int group_log2 = log2_of(format.v_group);
+#pragma unroll 1
   for (int item = threadIdx.x / layout::kLanes; item < format.chunks() * kChunkUnits;
        item += Threads / layout::kLanes) {
     const int chunk = item / kChunkUnits;
