@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// bitdecoding._ext: names and docstrings.
+#include <nanobind/nanobind.h>
+#include <nanobind/operators.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+
+#include "bitdecoding/layout/page_record.hpp"
+#include "cache_arrays.hpp"
+#include "facts.hpp"
+#include "kv_format.hpp"
+#include "pack_arrays.hpp"
+
+namespace bitdecoding::python {
+namespace {
+
+using nb::literals::operator""_a;
+
+void bind_kv_format(nb::module_& module) {
+  const KvFormat defaults;
+  nb::class_<KvFormat>(module, "KvFormat", nb::is_final(),
+                       R"(What the codes of a packed KV cache mean, as one immutable, hashable value.
+
+Everything about a page (size, offsets, kernels) is a function of it; docs/format.md specifies the
+bytes. A value is coded as code * scale + zero, with one fp16 scale and zero-point per group.
+
+Parameters
+----------
+k_bits, v_bits : bits per code of K and of V: 2 or 4
+k_axis : 'channel' (a K group is k_group tokens of one channel) or 'token' (k_group channels of one token)
+k_group : 32, 64 or 128, at most page_tokens (channel axis) or head_dim (token axis)
+v_group : channels of one token that share a V scale: 32, 64 or 128, at most head_dim
+page_tokens : tokens of a page: 64 or 128
+head_dim : channels of a head: 64 or 128
+token_norm : K is coded divided by its token's norm, which then multiplies the score
+
+Raises ValueError naming the field, its value and what is allowed.)")
+      .def(nb::new_(&make_kv_format), nb::kw_only(), "k_bits"_a = defaults.k_bits,
+           "v_bits"_a = defaults.v_bits, "k_axis"_a = axis_name(defaults),
+           "k_group"_a = defaults.k_group, "v_group"_a = defaults.v_group,
+           "page_tokens"_a = defaults.page_tokens, "head_dim"_a = defaults.head_dim,
+           "token_norm"_a = defaults.token_norm)
+      .def_static("parse", &parse, "name"_a,
+                  "The format of a canonical name such as 'k4v2_c128_v64_p128_d128' or "
+                  "'k2v2_t32_v32_p64_d64_norm'. Raises ValueError.")
+      .def_ro("k_bits", &KvFormat::k_bits, "Bits per K code.")
+      .def_ro("v_bits", &KvFormat::v_bits, "Bits per V code.")
+      .def_prop_ro("k_axis", &axis_name, "'channel' or 'token'.")
+      .def_ro("k_group", &KvFormat::k_group, "Tokens (channel axis) or channels per K scale.")
+      .def_ro("v_group", &KvFormat::v_group, "Channels per V scale.")
+      .def_ro("page_tokens", &KvFormat::page_tokens, "Tokens of a page.")
+      .def_ro("head_dim", &KvFormat::head_dim, "Channels of a head.")
+      .def_ro("token_norm", &KvFormat::token_norm, "Whether K is coded divided by its norm.")
+      .def_prop_ro(
+          "bits_per_element", [](const KvFormat& f) { return bits_per_element(f); },
+          "Stored bits per K or V element, scales, zero-points and padding included.")
+      .def(
+          "page_bytes", [](const KvFormat& f) { return page_bytes(f); },
+          "Bytes of the record of one page and one KV head.")
+      .def("__str__", [](const KvFormat& f) { return name(f); })
+      .def("__repr__", &repr)
+      .def(nb::self == nb::self, nb::sig("def __eq__(self, arg: object, /) -> bool"))
+      .def("__hash__", [](const KvFormat& f) { return std::hash<KvFormat>{}(f); })
+      .def("__reduce__", &reduce, nb::sig("def __reduce__(self) -> tuple[object, tuple[str]]"));
+}
+
+void bind_cache_arrays(nb::module_& module) {
+  nb::class_<CacheArrays>(module, "CacheArrays",
+                          "The checked arrays of a PagedKvCache and its compiled operations.")
+      .def(nb::init<const KvFormat&, int, int, nb::handle, nb::handle, nb::handle, nb::handle,
+                    nb::handle, nb::handle>(),
+           "format"_a, nb::kw_only(), "keep_first"_a, "keep_last"_a, "pool"_a, "side"_a,
+           "block_table"_a, "slots"_a, "lengths"_a, "packed"_a)
+      .def_prop_ro("capacity_tokens", &CacheArrays::capacity_tokens)
+      .def("append", &CacheArrays::append, "k"_a, "v"_a, nb::kw_only(), "leftpad"_a.none(),
+           "num_tokens"_a.none(), "max_tokens"_a, "threads"_a)
+      .def("decode", &CacheArrays::decode, "q"_a, "out"_a, nb::kw_only(), "lse"_a.none(),
+           "softmax_scale"_a, "threads"_a)
+      .def("check", &CacheArrays::check);
+  module.def("sequence_extents", &sequence_extents, "format"_a, nb::kw_only(), "keep_last"_a,
+             "max_tokens"_a, nb::sig("def sequence_extents(format: KvFormat, *, keep_last: int, "
+                                     "max_tokens: int) -> tuple[int, int]"),
+             "Pages, and rows of the tail ring, that a sequence of up to max_tokens tokens needs.");
+}
+
+}  // namespace
+}  // namespace bitdecoding::python
+
+NB_MODULE(_ext, module) {
+  using namespace bitdecoding::python;
+  module.doc() = "The compiled part of bitdecoding: formats, cache operations, facts of the build.";
+  bind_kv_format(module);
+  bind_cache_arrays(module);
+  module.def("pack_arrays", &pack_arrays, "k"_a, "v"_a, "pool"_a, "block_table"_a, nb::kw_only(),
+             "format"_a, "keep_first"_a, "first_page"_a.none(), "leftpad"_a.none(),
+             "num_tokens"_a.none(), "threads"_a, "stream"_a.none(), "error_word"_a.none(),
+             "bitdecoding.pack_pages, on a stream and with an error word that the caller supplies.");
+  module.def("build_info", &build_facts, nb::sig("def build_info() -> dict[str, typing.Any]"),
+             R"(Where this build comes from and what it holds.
+
+Keys: version, git, compiler, cuda (version of the CUDA compiler, None without kernels),
+architectures (list), kernels (list of names), cuda_driver (newest CUDA version that the installed
+driver serves, None without a driver or kernels). Creates no CUDA context.)");
+}

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays of NumPy and torch, told apart and allocated. torch is imported for CUDA devices only."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = Any  # of NumPy, torch or, where no output is made, any DLPack library
+ArrayT = TypeVar("ArrayT")
+
+LARGEST = 2**30  # of a count of tokens, heads or sequences: sums of two still fit an int32
+
+
+def count(name: str, value: int, *, least: int) -> int:
+    """`value` as an int; ValueError or TypeError names it where it isn't a count."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} = {value!r}; allowed: an int, {least} or more") from None
+    if not least <= number <= LARGEST:
+        raise ValueError(f"{name} = {number}; allowed: {least} to {LARGEST}")
+    return number
+
+
+def torch_of(array: object) -> Any | None:
+    """The torch module where `array` is a tensor. Whoever made the tensor has imported it."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and isinstance(array, torch.Tensor) else None
+
+
+def empty_like(array: ArrayT, name: str) -> ArrayT:
+    """A new contiguous array of the library, shape, dtype and device of `array`."""
+    return _empty(array, name, None, None)
+
+
+def empty_floats(array: ArrayT, name: str, shape: tuple[int, ...]) -> ArrayT:
+    """A new float32 array of the library and device of `array`."""
+    return _empty(array, name, shape, "float32")
+
+
+def _empty(array: Any, name: str, shape: tuple[int, ...] | None, dtype: str | None) -> Any:
+    shape = array.shape if shape is None and hasattr(array, "shape") else shape
+    if (torch := torch_of(array)) is not None:
+        wanted = array.dtype if dtype is None else getattr(torch, dtype)
+        return torch.empty(shape, dtype=wanted, device=array.device)
+    if isinstance(array, np.ndarray):
+        return np.empty(() if shape is None else shape, array.dtype if dtype is None else dtype)
+    kind = type(array).__name__
+    raise TypeError(
+        f"{name} = {kind}; allowed: a NumPy array or a torch tensor (outputs are of its library)"
+    )
+
+
+def zeros(shape: tuple[int, ...], dtype: str, device: str) -> Array:
+    """Zeroed memory: a NumPy array on 'cpu', a torch tensor on 'cuda' or 'cuda:<index>'."""
+    if device == "cpu":
+        return np.zeros(shape, dtype)
+    import torch
+
+    return torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
+
+
+def on_device(values: npt.NDArray[Any], device: str) -> Array:
+    """`values` themselves on 'cpu', else a torch tensor of them."""
+    if device == "cpu":
+        return values
+    import torch
+
+    return torch.from_numpy(values).to(device)
+
+
+def device_name(device: object) -> str:
+    """'cpu', 'cuda' or 'cuda:<index>' from such a text or a torch.device."""
+    text = str(device)
+    kind, _, index = text.partition(":")
+    if text == "cpu" or (kind == "cuda" and (index.isdigit() or text == "cuda")):
+        return text
+    raise ValueError(f"device = {text!r}; allowed: 'cpu', 'cuda', 'cuda:<index>'")
