@@ -81,5 +81,6 @@ macro(bitdecoding_find_cudart)
   find_library(BITDECODING_CUDART cudart_static REQUIRED NO_CACHE HINTS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES})
   add_library(bitdecoding::cudart STATIC IMPORTED GLOBAL)
   set_target_properties(bitdecoding::cudart PROPERTIES
-    IMPORTED_LOCATION "${BITDECODING_CUDART}" INTERFACE_LINK_LIBRARIES "Threads::Threads;dl;rt")
+    IMPORTED_LOCATION "${BITDECODING_CUDART}" INTERFACE_LINK_LIBRARIES "Threads::Threads;dl;rt"
+    INTERFACE_INCLUDE_DIRECTORIES "${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES}")
 endmacro()
