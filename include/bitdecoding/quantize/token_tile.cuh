@@ -10,6 +10,7 @@
 
 #include <cutlass/numeric_types.h>
 
+#include "bitdecoding/format/kv_format.hpp"
 #include "bitdecoding/format/quantizer.hpp"
 #include "bitdecoding/quantize/token_rows.hpp"
 
@@ -32,28 +33,59 @@ __device__ inline __half2 saturate(__half2 pair) {
   return __hmin2_nan(__hmax2_nan(pair, __hneg2(top)), top);
 }
 
-__device__ inline __half2 fp16_pair(unsigned bits, ElementType type) {
-  if (type == ElementType::f16) return saturate(*reinterpret_cast<const __half2*>(&bits));
-  return saturate(__float22half2_rn(__bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&bits))));
+struct Fp16FromFp16 {
+  __device__ __half2 operator()(const unsigned& bits) const {
+    return saturate(reinterpret_cast<const __half2&>(bits));
+  }
+};
+struct Fp16FromBf16 {
+  __device__ __half2 operator()(const unsigned& bits) const {
+    return saturate(
+        __float22half2_rn(__bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(bits))));
+  }
+};
+
+// Eight values on their way into the cache.
+template <class Convert>
+__device__ uint4 arrive(uint4 eight, const Convert& convert) {
+  for (unsigned* pair : {&eight.x, &eight.y, &eight.z, &eight.w}) {
+    const __half2 arrived = convert(*pair);
+    *pair = reinterpret_cast<const unsigned&>(arrived);
+  }
+  return eight;
 }
 
-// Copies `tokens` rows of (batch, head) from position `token` on into sX (N,D).
+// Copies `tokens` rows of (batch, head) from position `token` on into sX (N,D), a chunk at a time:
+// all loads of a chunk are in flight together.
 template <int Threads, class Tile>
 __device__ void load_tile(const TokenRows& rows, int batch, int token, int head, int tokens,
                           const Tile& sX) {
   constexpr int kPieces = cute::size<1>(Tile{}.layout()) / 8;  // of 16 bytes in a row
-  const auto* source = static_cast<const std::uint16_t*>(rows.data);
-#pragma unroll 4
-  for (int item = threadIdx.x; item < kPieces * tokens; item += Threads) {
-    const int row = item / kPieces;
-    const int channel = item % kPieces * 8;
-    const std::uint16_t* from = source + rows.offset(batch, token + row, head) + channel;
-    uint4 eight = __ldcs(reinterpret_cast<const uint4*>(from));  // read once: don't keep in L2
-    for (unsigned* pair : {&eight.x, &eight.y, &eight.z, &eight.w}) {
-      const __half2 arrived = fp16_pair(*pair, rows.type);
-      *pair = *reinterpret_cast<const unsigned*>(&arrived);
+  constexpr int kBatch = kPieces * kChunkTokens / Threads;     // pieces of a chunk per thread
+  constexpr int kRowStep = Threads / kPieces;
+  const int channel = threadIdx.x % kPieces * 8;
+  const int first_row = threadIdx.x / kPieces;
+  const auto* source = static_cast<const std::uint16_t*>(rows.data) +
+                       rows.offset(batch, token + first_row, head) + channel;
+#pragma unroll 1
+  for (int row = first_row; row < tokens; row += kChunkTokens) {
+    uint4 pieces[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      pieces[i] = __ldcs(reinterpret_cast<const uint4*>(source));  // read once: don't keep in L2
+      source += kRowStep * rows.token_stride;
     }
-    *reinterpret_cast<uint4*>(&sX(row, channel)) = eight;
+    const auto store = [&](const auto& convert) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        reinterpret_cast<uint4&>(sX(row + i * kRowStep, channel)) = arrive(pieces[i], convert);
+      }
+    };
+    if (rows.type == ElementType::f16) {
+      store(Fp16FromFp16{});
+    } else {
+      store(Fp16FromBf16{});
+    }
   }
 }
 
