@@ -40,7 +40,7 @@ struct CodeShape {
   // Channels split in four parts, one for each warp of a warpgroup; in two where a word already
   // spans a half (then two warps share a part's units and each takes half of the fields).
   static constexpr int v_parts = block_words < 4 ? block_words : 4;
-  static constexpr int v_part_words = block_words / v_parts;                        // per block
+  static constexpr int v_part_words = block_words / v_parts;                  // per block
   static constexpr int v_units = v_part_words * kChunkBlocks / v_unit_words;  // per lane and part
 
   static constexpr int chunk_bytes = kChunkTokens * HeadDim * Bits / 8;
@@ -53,8 +53,8 @@ namespace detail {
 template <int LaneStride, int K1, int M8, int K8>
 constexpr auto operand_tile() {
   using namespace cute;
-  const auto lane_value_to_code = Layout<Shape<_32, _2, _2, _2>,
-                                         Stride<Int<LaneStride>, Int<K1>, Int<M8>, Int<K8>>>{};
+  const auto lane_value_to_code =
+      Layout<Shape<_32, _2, _2, _2>, Stride<Int<LaneStride>, Int<K1>, Int<M8>, Int<K8>>>{};
   const auto tile_to_lane_value = right_inverse(OperandA{}).with_shape(Shape<_16, _16>{});
   return composition(lane_value_to_code, tile_to_lane_value);  // (M16,K16) -> code
 }
@@ -87,9 +87,9 @@ constexpr auto v_code_layout() {
   // Words of a part run along its channels first, then along the blocks, through its units.
   const auto part_words = Layout<Shape<Int<S::v_unit_words>, Int<S::v_units>>,
                                  Stride<Int<S::codes_per_word>, Int<kLanes * unit_codes>>>{};
-  const auto word_block = composition(
-      part_words, Layout<Shape<Int<S::v_part_words>, Int<kChunkBlocks>>,
-                         Stride<_1, Int<S::v_part_words>>>{});  // (word, block) -> code
+  const auto word_block =
+      composition(part_words, Layout<Shape<Int<S::v_part_words>, Int<kChunkBlocks>>,
+                                     Stride<_1, Int<S::v_part_words>>>{});  // (word, block) -> code
   const auto tiles = Layout<Int<S::tiles_per_word>, _2>{};
   const auto parts = Layout<Int<S::v_parts>, Int<kLanes * S::v_units * unit_codes>>{};
   return make_layout(

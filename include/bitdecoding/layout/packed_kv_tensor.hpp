@@ -59,10 +59,10 @@ class PackedKvPage {
   }
 
   // ---- parameters; elements of one group alias one fp16 ----
-  CUTE_HOST_DEVICE constexpr auto k_scales() const { return k_parameters(0); }             // (N,D)
+  CUTE_HOST_DEVICE constexpr auto k_scales() const { return k_parameters(0); }              // (N,D)
   CUTE_HOST_DEVICE constexpr auto k_zeros() const { return k_parameters(kKZeroDistance); }  // (N,D)
-  CUTE_HOST_DEVICE constexpr auto v_scales() const { return v_parameters(0); }             // (N,D)
-  CUTE_HOST_DEVICE constexpr auto v_zeros() const { return v_parameters(kChunkTokens); }   // (N,D)
+  CUTE_HOST_DEVICE constexpr auto v_scales() const { return v_parameters(0); }              // (N,D)
+  CUTE_HOST_DEVICE constexpr auto v_zeros() const { return v_parameters(kChunkTokens); }    // (N,D)
   // Only where the format has token norms.
   CUTE_HOST_DEVICE constexpr auto token_norms() const {  // (N)
     return view<cutlass::half_t>(record_.token_norms(0), token_order_layout(record_));

@@ -89,10 +89,10 @@ class PageRecord {
   KvFormat format_;
   // Offsets of the first chunk's sections, computed once: kernels take them as they are.
   int k_codes_, v_codes_, v_parameters_, k_token_parameters_, token_norms_, first_chunk_;
+  // Pages have at most two chunks: one stride serves whether or not the second begins a K group.
   int chunk_stride_;
 };
 
-// Pages have at most two chunks: one stride serves whether or not the second begins K groups.
 static_assert(PageRecord({.k_bits = 4, .v_bits = 4}).page_bytes() == 17408);
 static_assert(PageRecord({.k_bits = 2, .v_bits = 2}).page_bytes() == 9216);
 

@@ -20,9 +20,10 @@ constexpr auto channel_parameter_layout(const PageRecord& record) {
   const int groups_in_chunk = f.k_group < kChunkTokens ? kChunkTokens / f.k_group : 1;
   const int runs = f.page_tokens / (f.k_group * groups_in_chunk);
   const auto channels = Layout<Shape<_2, _4, Int<HeadDim / 8>>, Stride<_1, Int<HeadDim / 4>, _2>>{};
-  return make_layout(make_layout(make_shape(f.k_group, groups_in_chunk, runs),
-                                 make_stride(_0{}, Int<2 * HeadDim>{}, record.chunk_stride() / kParameter_bytes)),
-                     channels);
+  const auto tokens =
+      make_layout(make_shape(f.k_group, groups_in_chunk, runs),
+                  make_stride(_0{}, Int<2 * HeadDim>{}, record.chunk_stride() / kParameter_bytes));
+  return make_layout(tokens, channels);
 }
 
 // (token P) -> element, from the first chunk's plane of 64 values.
