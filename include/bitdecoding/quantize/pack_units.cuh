@@ -11,6 +11,7 @@
 
 #include "bitdecoding/format/quantizer.hpp"
 #include "bitdecoding/layout/code_layout.hpp"
+#include "bitdecoding/layout/page_config.hpp"
 #include "bitdecoding/quantize/group_range.cuh"
 #include "bitdecoding/quantize/token_tile.cuh"
 
