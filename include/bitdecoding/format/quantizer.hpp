@@ -54,11 +54,11 @@ constexpr GroupParameters group_parameters(const GroupRange& range, int bits) {
 
 // What a group's parameters turn into before its values are coded: r = 1 / scale, 0 for scale 0.
 struct GroupCoder {
-  float zero;
-  float inverse_scale;
+  float zero = 0.f;
+  float inverse_scale = 0.f;
 
-  constexpr explicit GroupCoder(const GroupParameters& p)
-      : zero(float_from_fp16(p.zero)), inverse_scale(0.f) {
+  GroupCoder() = default;
+  constexpr explicit GroupCoder(const GroupParameters& p) : zero(float_from_fp16(p.zero)) {
     const float scale = float_from_fp16(p.scale);
     if (scale > 0.f) inverse_scale = 1.f / scale;
   }

@@ -1,0 +1,374 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled with contraction into fused multiply-adds, unlike the quantiser: nothing here fixes bits.
+#include "cpu/code_kernels.hpp"
+
+#include "bitdecoding/format/float16.hpp"
+#include "bitdecoding/layout/page_record.hpp"
+#include "cpu/instruction_sets.hpp"
+#include "cpu/vector8.hpp"
+
+namespace bitdecoding::cpu {
+namespace {
+
+constexpr int kLanes = 32;
+constexpr int kBlockTokens = 16;
+constexpr int kChunkBlocks = kChunkTokens / kBlockTokens;
+constexpr int kMaxHeadDim = 128;
+constexpr int kRegisterRows = 4;  // 8 accumulators of 16 registers: enough to hide the latency
+
+// Words of a lane: K keeps a block's together in units of up to four, V those of a part.
+template <int Bits, int HeadDim>
+struct Words {
+  static constexpr int fields = 8 / Bits;
+  static constexpr int channels = 8 * fields;  // per word
+  static constexpr int in_block = HeadDim / channels;
+  static constexpr int k_unit = in_block < 4 ? in_block : 4;
+  static constexpr int k_units = in_block / k_unit;
+  static constexpr int parts = in_block < 4 ? in_block : 4;  // of V's channels
+  static constexpr int in_part = in_block / parts;           // per block
+  static constexpr int v_units = in_part;                    // of four words, over four blocks
+};
+
+// run(rows) in register-sized pieces: piece.operator()<Rows>(first_row).
+template <class Piece>
+BITDECODING_INLINE void for_row_pieces(int rows, const Piece& piece) {
+  for (int row = 0; row < rows; row += kRegisterRows) {
+    switch (rows - row) {
+      case 1:
+        piece.template operator()<1>(row);
+        break;
+      case 2:
+        piece.template operator()<2>(row);
+        break;
+      case 3:
+        piece.template operator()<3>(row);
+        break;
+      default:
+        piece.template operator()<kRegisterRows>(row);
+        break;
+    }
+  }
+}
+
+// Transposes the words of a unit's 32 lanes: out[t * UnitWords + word] holds those of g = 0..7.
+template <int UnitWords>
+BITDECODING_INLINE void gather_words(const std::uint8_t* unit, UInt8* out) {
+  constexpr int kGroup_bytes = 4 * UnitWords * 4;  // lanes 4g .. 4g + 3
+  for (int half = 0; half < UnitWords / 2; ++half) {
+    UInt8 rows[8];
+    UInt8 columns[8];
+    for (int g = 0; g < 8; ++g) load(unit + g * kGroup_bytes + half * 32, rows[g]);
+    transpose(rows, columns);
+    for (int i = 0; i < 8; ++i) out[half * 8 + i] = columns[i];
+  }
+}
+
+template <int Bits>
+BITDECODING_INLINE void codes_of(const UInt8& words, int byte, int field, Float8& codes) {
+  const std::uint32_t mask = ((1u << Bits) - 1) << (field * Bits);
+  codes = __builtin_convertvector((Int8)((words >> (8 * byte)) & mask), Float8);
+}
+
+// One 16-token block: two vectors of tokens, u = 0 and 1.
+template <int Bits, int HeadDim, int Rows>
+BITDECODING_INLINE void score_block(const UInt8* words, int first_word, int end_word,
+                                    const float* q, const float* bias, float* scores) {
+  using W = Words<Bits, HeadDim>;
+  Float8 sums[2][Rows];
+  for (int r = 0; r < Rows; ++r) sums[0][r] = sums[1][r] = Float8{} + bias[r];
+  for (int t = 0; t < 4; ++t) {
+    for (int word = first_word; word < end_word; ++word) {
+      const UInt8& packed = words[(word / W::k_unit * 4 + t) * W::k_unit + word % W::k_unit];
+      const float* q_word = q + t * (HeadDim / 4) + word * 2 * W::fields;
+      for (int h = 0; h < 2; ++h) {
+        for (int f = 0; f < W::fields; ++f) {
+          Float8 codes[2];
+          for (int u = 0; u < 2; ++u) codes_of<Bits>(packed, 2 * h + u, f, codes[u]);
+          for (int r = 0; r < Rows; ++r) {
+            const float scale = q_word[r * HeadDim + 2 * f + h];
+            for (int u = 0; u < 2; ++u) sums[u][r] += codes[u] * scale;
+          }
+        }
+      }
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int u = 0; u < 2; ++u) store(sums[u][r], scores + r * kSegmentTokens + 8 * u);
+  }
+}
+
+template <int Bits, int HeadDim>
+BITDECODING_INLINE void score_blocks(const KeyCodes& k, const float* q, const float* bias, int rows,
+                                     float* scores) {
+  using W = Words<Bits, HeadDim>;
+  constexpr int kUnit_bytes = kLanes * W::k_unit * 4;
+  for (int block = 0; block < k.blocks; ++block) {
+    UInt8 words[4 * W::in_block];
+    for (int unit = 0; unit < W::k_units; ++unit) {
+      gather_words<W::k_unit>(k.codes + (block * W::k_units + unit) * kUnit_bytes,
+                              words + unit * 4 * W::k_unit);
+    }
+    float* to = scores + block * kBlockTokens;
+    for_row_pieces(rows, [&]<int Rows>(int row) __attribute__((always_inline)) {
+      score_block<Bits, HeadDim, Rows>(words, k.first_word, k.first_word + k.words,
+                                       q + row * HeadDim, bias + row, to + row * kSegmentTokens);
+    });
+  }
+}
+
+// Two fields of one word index: two vectors of channels, over the chunk's 64 tokens.
+template <int Bits, int HeadDim, int Rows>
+BITDECODING_INLINE void add_fields(const UInt8* words, int word_in_part, int field, const float* p,
+                                   float* out) {
+  using W = Words<Bits, HeadDim>;
+  Float8 sums[2][Rows];
+  for (int r = 0; r < Rows; ++r) {
+    for (int f = 0; f < 2; ++f) load(out + r * HeadDim + 8 * f, sums[f][r]);
+  }
+  for (int block = 0; block < kChunkBlocks; ++block) {
+    const int nth = block * W::in_part + word_in_part;
+    for (int t = 0; t < 4; ++t) {
+      const UInt8& packed = words[(nth / 4 * 4 + t) * 4 + nth % 4];
+      for (int byte = 0; byte < 4; ++byte) {
+        const int token = kBlockTokens * block + 2 * t + byte / 2 + 8 * (byte % 2);
+        Float8 codes[2];
+        for (int f = 0; f < 2; ++f) codes_of<Bits>(packed, byte, field + f, codes[f]);
+        for (int r = 0; r < Rows; ++r) {
+          const float weight = p[r * kChunkTokens + token];
+          for (int f = 0; f < 2; ++f) sums[f][r] += codes[f] * weight;
+        }
+      }
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int f = 0; f < 2; ++f) store(sums[f][r], out + r * HeadDim + 8 * f);
+  }
+}
+
+template <int Bits, int HeadDim>
+BITDECODING_INLINE void add_chunk(const ValueCodes& v, const float* p, int rows, float* out) {
+  using W = Words<Bits, HeadDim>;
+  constexpr int kUnit_bytes = kLanes * 4 * 4;
+  const int end_word = (v.first_channel + v.channels) / W::channels;
+  for (int word = v.first_channel / W::channels; word < end_word;) {
+    const int part = word / W::in_part;
+    UInt8 words[16 * W::v_units];
+    for (int unit = 0; unit < W::v_units; ++unit) {
+      gather_words<4>(v.codes + (part * W::v_units + unit) * kUnit_bytes, words + unit * 16);
+    }
+    for (; word < end_word && word / W::in_part == part; ++word) {
+      for_row_pieces(rows, [&]<int Rows>(int row) __attribute__((always_inline)) {
+        for (int field = 0; field < W::fields; field += 2) {
+          add_fields<Bits, HeadDim, Rows>(words, word % W::in_part, field, p + row * kChunkTokens,
+                                          out + row * HeadDim + word * W::channels + 8 * field);
+        }
+      });
+    }
+  }
+}
+
+// 2^x for x <= 0: the Taylor series of 2^f, |f| <= 1/2, to f^7 is good to 2^-27.
+BITDECODING_INLINE void exp2_of(const Float8& x, Float8& result) {
+  constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+  constexpr float kSeries[] = {1.f,
+                               0x1.62e430p-1f,
+                               0x1.ebfbe0p-3f,
+                               0x1.c6b08ep-5f,
+                               0x1.3b2ab6p-7f,
+                               0x1.5d87fep-10f,
+                               0x1.430912p-13f,
+                               0x1.ffcbfcp-17f};
+  const Float8 low = Float8{} - 126.f;
+  const Float8 clamped = x < low ? low : x;
+  const Float8 shifted = clamped + kRounder;
+  const Float8 fraction = clamped - (shifted - kRounder);
+  Float8 series = Float8{} + kSeries[7];
+  for (int i = 6; i >= 0; --i) series = series * fraction + kSeries[i];
+  const Float8 power = (Float8)((UInt8)series + ((UInt8)shifted << 23));
+  result = x != x ? x : (x < low ? Float8{} : power);
+}
+
+BITDECODING_INLINE void load_fp16(const std::uint16_t* from, Float8& to) {
+  float values[8];
+  for (int i = 0; i < 8; ++i) values[i] = format::float_from_fp16(from[i]);
+  load(values, to);
+}
+
+template <int Rows>
+BITDECODING_INLINE void score_row_piece(const Float8* k, int head_dim, const float* q,
+                                        float* scores) {
+  for (int r = 0; r < Rows; ++r) {
+    Float8 sums[2] = {};
+    for (int c = 0; c < head_dim; c += 16) {
+      for (int i = 0; i < 2; ++i) {
+        Float8 query;
+        load(q + r * head_dim + c + 8 * i, query);
+        sums[i] += query * k[c / 8 + i];
+      }
+    }
+    scores[r * kSegmentTokens] = lane_sum(sums[0] + sums[1]);
+  }
+}
+
+// 16 channels of V.
+template <int Rows>
+BITDECODING_INLINE void add_row_piece(const std::uint16_t* v, int head_dim, int tokens,
+                                      const float* p, float* out) {
+  Float8 sums[2][Rows];
+  for (int r = 0; r < Rows; ++r) {
+    for (int i = 0; i < 2; ++i) load(out + r * head_dim + 8 * i, sums[i][r]);
+  }
+  for (int n = 0; n < tokens; ++n) {
+    Float8 values[2];
+    for (int i = 0; i < 2; ++i) load_fp16(v + n * head_dim + 8 * i, values[i]);
+    for (int r = 0; r < Rows; ++r) {
+      for (int i = 0; i < 2; ++i) sums[i][r] += values[i] * p[r * kSegmentTokens + n];
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int i = 0; i < 2; ++i) store(sums[i][r], out + r * head_dim + 8 * i);
+  }
+}
+
+}  // namespace
+
+BITDECODING_CLONES
+void widen_token_plane(const std::uint16_t* plane, float* values) {
+  UInt8 rows[8];
+  UInt8 columns[8];
+  for (int g = 0; g < 8; ++g) {
+    Float8 row;
+    load_fp16(plane + 8 * g, row);
+    rows[g] = (UInt8)row;
+  }
+  transpose(rows, columns);
+  for (int i = 0; i < 8; ++i) store(columns[i], values + 8 * i);
+}
+
+BITDECODING_CLONES
+void fold_channel_group(const float* q, const float* weights, const std::uint16_t* scales,
+                        const std::uint16_t* zeros, int head_dim, int rows, float* scaled,
+                        float* bias) {
+  Float8 sums[kRowTile] = {};
+  for (int c = 0; c < head_dim; c += 8) {
+    Float8 scale, zero, weight;
+    load_fp16(scales + c, scale);
+    load_fp16(zeros + c, zero);
+    load(weights + c, weight);
+    scale *= weight;
+    for (int r = 0; r < rows; ++r) {
+      Float8 query;
+      load(q + r * head_dim + c, query);
+      sums[r] += query * zero;
+      store(query * scale, scaled + r * head_dim + c);
+    }
+  }
+  for (int r = 0; r < rows; ++r) bias[r] = lane_sum(sums[r]);
+}
+
+BITDECODING_CLONES
+void score_codes(const KeyCodes& k, const float* q, const float* bias, int rows, float* scores) {
+  if (k.head_dim == 64) {
+    k.bits == 2 ? score_blocks<2, 64>(k, q, bias, rows, scores)
+                : score_blocks<4, 64>(k, q, bias, rows, scores);
+  } else {
+    k.bits == 2 ? score_blocks<2, 128>(k, q, bias, rows, scores)
+                : score_blocks<4, 128>(k, q, bias, rows, scores);
+  }
+}
+
+BITDECODING_CLONES
+void add_token_group(const float* partial, const float* scales, const float* zeros,
+                     const float* q_sum, int rows, float* scores) {
+  for (int r = 0; r < rows; ++r) {
+    for (int n = 0; n < kChunkTokens; ++n) {
+      scores[r * kSegmentTokens + n] +=
+          partial[r * kSegmentTokens + n] * scales[n] + q_sum[r] * zeros[n];
+    }
+  }
+}
+
+BITDECODING_CLONES
+void multiply_scores(const float* factors, int rows, float* scores) {
+  for (int r = 0; r < rows; ++r) {
+    for (int n = 0; n < kChunkTokens; ++n) scores[r * kSegmentTokens + n] *= factors[n];
+  }
+}
+
+BITDECODING_CLONES
+void score_rows(const std::uint16_t* k, int head_dim, int tokens, const float* q, int rows,
+                float* scores) {
+  for (int n = 0; n < tokens; ++n) {
+    Float8 key[kMaxHeadDim / 8];
+    for (int c = 0; c < head_dim; c += 8) load_fp16(k + n * head_dim + c, key[c / 8]);
+    for_row_pieces(rows, [&]<int Rows>(int row) __attribute__((always_inline)) {
+      score_row_piece<Rows>(key, head_dim, q + row * head_dim, scores + row * kSegmentTokens + n);
+    });
+  }
+}
+
+BITDECODING_CLONES
+void softmax(int tokens, int rows, float* scores, float* maxima, float* sums) {
+  for (int r = 0; r < rows; ++r) {
+    float* row = scores + r * kSegmentTokens;
+    Float8 top = Float8{} + kScoreFloor;
+    for (int n = 0; n < tokens; n += 8) {
+      Float8 score;
+      load(row + n, score);
+      top = score > top ? score : top;
+    }
+    float maximum = kScoreFloor;
+    for (int i = 0; i < 8; ++i) maximum = top[i] > maximum ? top[i] : maximum;
+    Float8 sum{};
+    for (int n = 0; n < tokens; n += 8) {
+      Float8 p;
+      load(row + n, p);
+      exp2_of(p - maximum, p);
+      sum += p;
+      store(p, row + n);
+    }
+    maxima[r] = maximum;
+    sums[r] = lane_sum(sum);
+  }
+}
+
+BITDECODING_CLONES
+void scale_probabilities(const float* p, const float* scales, const float* zeros, int first_token,
+                         int rows, float* scaled, float* zero_sums) {
+  for (int r = 0; r < rows; ++r) {
+    Float8 sum{};
+    for (int n = 0; n < kChunkTokens; n += 8) {
+      Float8 weight, scale, zero;
+      load(p + r * kSegmentTokens + n, weight);
+      load(scales + n, scale);
+      load(zeros + n, zero);
+      const Int8 token = Int8{0, 1, 2, 3, 4, 5, 6, 7} + n;
+      const Int8 counts = token >= first_token;
+      sum += counts ? weight * zero : Float8{};
+      store(counts ? weight * scale : Float8{}, scaled + r * kChunkTokens + n);
+    }
+    zero_sums[r * kMaxVGroups] += lane_sum(sum);
+  }
+}
+
+BITDECODING_CLONES
+void add_codes(const ValueCodes& v, const float* p, int rows, float* out) {
+  if (v.head_dim == 64) {
+    v.bits == 2 ? add_chunk<2, 64>(v, p, rows, out) : add_chunk<4, 64>(v, p, rows, out);
+  } else {
+    v.bits == 2 ? add_chunk<2, 128>(v, p, rows, out) : add_chunk<4, 128>(v, p, rows, out);
+  }
+}
+
+BITDECODING_CLONES
+void add_rows(const std::uint16_t* v, int head_dim, int tokens, const float* p, int rows,
+              float* out) {
+  for (int c = 0; c < head_dim; c += 16) {
+    for_row_pieces(rows, [&]<int Rows>(int row) __attribute__((always_inline)) {
+      add_row_piece<Rows>(v + c, head_dim, tokens, p + row * kSegmentTokens,
+                          out + row * head_dim + c);
+    });
+  }
+}
+
+}  // namespace bitdecoding::cpu

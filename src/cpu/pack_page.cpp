@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/pack_page.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "bitdecoding/layout/packed_kv_tensor.hpp"
+#include "cpu/encode.hpp"
+#include "cpu/page_dispatch.hpp"
+
+namespace bitdecoding::cpu {
+namespace {
+
+using cutlass::half_t;
+using format::GroupCoder;
+using format::GroupParameters;
+using format::GroupRange;
+
+// Codes of one tensor of a page, rows of head_dim * bits / 8 bytes in word order (see encode.hpp).
+using CodeBytes = std::uint8_t[kMaxPageTokens * kMaxHeadDim / 2];
+
+template <class Scales, class Zeros>
+GroupCoder store_group(const Scales& scales, const Zeros& zeros, int token, int channel,
+                       const GroupRange& range, int bits) {
+  const GroupParameters parameters = format::group_parameters(range, bits);
+  scales(token, channel) = half_t::bitcast(parameters.scale);
+  zeros(token, channel) = half_t::bitcast(parameters.zero);
+  return GroupCoder(parameters);
+}
+
+// Groups of `group` tokens of one channel.
+template <int Bits, int HeadDim, class Scales, class Zeros>
+void code_by_channel(const TokenTile& tile, int tokens, int group, int free_tokens,
+                     const Scales& scales, const Zeros& zeros, std::uint8_t* bytes) {
+  GroupRange ranges[HeadDim];
+  for (int first = 0; first < tokens; first += group) {
+    const int counted = std::clamp(free_tokens, first, first + group);
+    channel_ranges(tile.values + counted * HeadDim, first + group - counted, HeadDim, ranges);
+    GroupCoder coders[HeadDim];
+    for (int c = 0; c < HeadDim; ++c) {
+      coders[c] = store_group(scales, zeros, first, c, ranges[c], Bits);
+    }
+    for (int n = first; n < first + group; ++n) {
+      encode_channels(tile.values + n * HeadDim, coders, HeadDim, Bits,
+                      bytes + n * (HeadDim * Bits / 8));
+    }
+  }
+}
+
+// Groups of `group` channels of one token.
+template <int Bits, int HeadDim, class Scales, class Zeros>
+void code_by_token(const TokenTile& tile, int tokens, int group, const Scales& scales,
+                   const Zeros& zeros, std::uint8_t* bytes) {
+  for (int n = 0; n < tokens; ++n) {
+    for (int c = 0; c < HeadDim; c += group) {
+      const std::uint16_t* values = tile.values + n * HeadDim + c;
+      const GroupCoder coder = store_group(scales, zeros, n, c, token_range(values, group), Bits);
+      encode_group(values, coder, group, Bits, bytes + (n * HeadDim + c) * Bits / 8);
+    }
+  }
+}
+
+// A word holds bytes (h, u) = (0,0) (0,1) (1,0) (1,1), lowest first.
+std::uint32_t word_of(std::uint8_t h0u0, std::uint8_t h0u1, std::uint8_t h1u0, std::uint8_t h1u1) {
+  return static_cast<std::uint32_t>(h0u0) | static_cast<std::uint32_t>(h0u1) << 8 |
+         static_cast<std::uint32_t>(h1u0) << 16 | static_cast<std::uint32_t>(h1u1) << 24;
+}
+
+template <class Page>
+void store_k_units(const Page& page, const std::uint8_t* bytes) {
+  using K = typename Page::K;
+  constexpr int kRow = K::block_words * 8;  // bytes of one token
+  for (int chunk = 0; chunk < page.record().format().chunks(); ++chunk) {
+    const auto units = page.k_units(chunk);  // (lane,unit,block)
+    for (int block = 0; block < layout::kChunkBlocks; ++block) {
+      for (int lane = 0; lane < layout::kLanes; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        const int token = chunk * kChunkTokens + block * layout::kBlockTokens + g;
+        const std::uint8_t* u0 = bytes + token * kRow + 2 * t;
+        const std::uint8_t* u1 = u0 + 8 * kRow;
+        for (int word = 0; word < K::block_words; ++word) {
+          units(lane, word / K::k_unit_words, block).word[word % K::k_unit_words] =
+              word_of(u0[8 * word], u1[8 * word], u0[8 * word + 1], u1[8 * word + 1]);
+        }
+      }
+    }
+  }
+}
+
+template <class Page>
+void store_v_units(const Page& page, const std::uint8_t* bytes) {
+  using V = typename Page::V;
+  constexpr int kRow = V::block_words * 8;
+  for (int chunk = 0; chunk < page.record().format().chunks(); ++chunk) {
+    const auto units = page.v_units(chunk);  // (lane,unit,part)
+    for (int block = 0; block < layout::kChunkBlocks; ++block) {
+      for (int lane = 0; lane < layout::kLanes; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        const int token = chunk * kChunkTokens + block * layout::kBlockTokens + 2 * t;
+        const std::uint8_t* h0 = bytes + token * kRow + g;  // u = 1 is 8 tokens on
+        for (int word = 0; word < V::block_words; ++word) {
+          const int nth = block * V::v_part_words + word % V::v_part_words;  // in the lane's part
+          const std::uint8_t* at = h0 + 8 * word;
+          units(lane, nth / V::v_unit_words, word / V::v_part_words).word[nth % V::v_unit_words] =
+              word_of(at[0], at[8 * kRow], at[kRow], at[9 * kRow]);
+        }
+      }
+    }
+  }
+}
+
+template <class Norms>
+void divide_by_norms(TokenTile& tile, int tokens, int head_dim, const Norms& norms) {
+  for (int n = 0; n < tokens; ++n) {
+    std::uint16_t* row = tile.values + n * head_dim;
+    const auto k = [row](int c) { return format::float_from_fp16(row[c]); };
+    const std::uint16_t norm = format::token_norm(k, head_dim);
+    norms(n) = half_t::bitcast(norm);
+    for (int c = 0; c < head_dim; ++c) row[c] = format::normalized_key(row[c], norm);
+  }
+}
+
+template <layout::PageConfig Config>
+void pack(const KvFormat& f, int free_tokens, TokenTile& k, const TokenTile& v,
+          std::uint8_t* bytes) {
+  const layout::PackedKvPage<Config> page(layout::PageRecord(f), bytes);
+  std::memset(bytes, 0, static_cast<std::size_t>(page_bytes(f)));
+  CodeBytes codes;
+  if (f.token_norm) divide_by_norms(k, f.page_tokens, Config.head_dim, page.token_norms());
+  if constexpr (Config.k_axis == KAxis::channel) {
+    code_by_channel<Config.k_bits, Config.head_dim>(k, f.page_tokens, f.k_group, free_tokens,
+                                                    page.k_scales(), page.k_zeros(), codes);
+  } else {
+    code_by_token<Config.k_bits, Config.head_dim>(k, f.page_tokens, f.k_group, page.k_scales(),
+                                                  page.k_zeros(), codes);
+  }
+  store_k_units(page, codes);
+  code_by_token<Config.v_bits, Config.head_dim>(v, f.page_tokens, f.v_group, page.v_scales(),
+                                                page.v_zeros(), codes);
+  store_v_units(page, codes);
+}
+
+}  // namespace
+
+void pack_page(const KvFormat& format, int free_tokens, TokenTile& k, const TokenTile& v,
+               std::uint8_t* page) {
+  with_page_config(
+      format, [&]<layout::PageConfig Config>() { pack<Config>(format, free_tokens, k, v, page); });
+}
+
+}  // namespace bitdecoding::cpu

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tokens of one head on their way into the cache: any input type becomes fp16, once, on arrival.
+#pragma once
+
+#include <cstdint>
+
+#include "bitdecoding/quantize/token_rows.hpp"
+
+namespace bitdecoding::cpu {
+
+// K or V of a page: fp16 bits (N,D), rows of head_dim.
+inline constexpr int kMaxPageTokens = 128;
+inline constexpr int kMaxHeadDim = 128;
+struct alignas(64) TokenTile {
+  std::uint16_t values[kMaxPageTokens * kMaxHeadDim];
+};
+
+// `count` channels of a token, from an input element on.
+void arrive(const TokenRows& rows, std::int64_t element, int count, std::uint16_t* fp16);
+
+}  // namespace bitdecoding::cpu

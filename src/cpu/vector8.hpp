@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// Eight 32-bit lanes, in the compilers' vector language: one AVX register, two of SSE or NEON.
+// Arguments are references: vectors by value would tie a function to one instruction set's ABI.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/instruction_sets.hpp"
+
+namespace bitdecoding::cpu {
+
+using Float8 = float __attribute__((vector_size(32)));
+using Int8 = std::int32_t __attribute__((vector_size(32)));
+using UInt8 = std::uint32_t __attribute__((vector_size(32)));
+
+template <class Vector, class Element>
+BITDECODING_INLINE void load(const Element* from, Vector& to) {
+  std::memcpy(&to, from, sizeof(to));
+}
+
+template <class Vector, class Element>
+BITDECODING_INLINE void store(const Vector& from, Element* to) {
+  std::memcpy(to, &from, sizeof(from));
+}
+
+// The sum of the lanes, in a fixed order.
+BITDECODING_INLINE float lane_sum(const Float8& v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+// columns[j][i] = rows[i][j]
+BITDECODING_INLINE void transpose(const UInt8 (&rows)[8], UInt8 (&columns)[8]) {
+  UInt8 pairs[8];
+  UInt8 quads[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = __builtin_shufflevector(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pairs[i + 1] = __builtin_shufflevector(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const UInt8& top = pairs[i + j];
+      const UInt8& bottom = pairs[i + j + 2];
+      quads[i + 2 * j] = __builtin_shufflevector(top, bottom, 0, 1, 8, 9, 4, 5, 12, 13);
+      quads[i + 2 * j + 1] = __builtin_shufflevector(top, bottom, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    columns[j] = __builtin_shufflevector(quads[j], quads[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    columns[j + 4] = __builtin_shufflevector(quads[j], quads[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+}  // namespace bitdecoding::cpu
