@@ -192,14 +192,17 @@ TEST_CASE("a token's norm: its value, and the order of a warp's butterfly") {
         // Half an fp16 step, and what 128 additions in fp32 lose at most.
         CHECK(error <= std::max(0x1p-25, exact * 0x1p-11) + exact * 0x1p-17);
 
-        float lanes[32] = {};
-        for (int c = 0; c < head_dim; ++c) lanes[c % 32] += k[c] * k[c];
-        for (int mask = 16; mask > 0; mask /= 2) {
-          float other[32];
-          for (int lane = 0; lane < 32; ++lane) other[lane] = lanes[lane ^ mask];
-          for (int lane = 0; lane < 32; ++lane) lanes[lane] += other[lane];
+        float sums[kNormSums] = {};
+        for (int c = 0; c < head_dim; ++c) sums[c % kNormSums] += k[c] * k[c];
+        float lanes[kNormSums];
+        std::copy_n(sums, kNormSums, lanes);
+        for (int mask = kNormSums / 2; mask > 0; mask /= 2) {
+          float other[kNormSums];
+          for (int lane = 0; lane < kNormSums; ++lane) other[lane] = lanes[lane ^ mask];
+          for (int lane = 0; lane < kNormSums; ++lane) lanes[lane] += other[lane];
         }
-        for (const float lane : lanes) CHECK(fp16_from_float(std::sqrt(lane)) == norm);
+        CHECK(token_norm_from_sums(sums) == norm);
+        for (const float lane : lanes) CHECK(lane == sums[0]);  // the whole sum, in fp32
       }
     }
   }
