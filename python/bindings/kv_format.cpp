@@ -2,6 +2,8 @@
 // KvFormat's constructor, parser and texts, with the library's own messages.
 #include "kv_format.hpp"
 
+#include <nanobind/stl/string.h>
+
 #include "arrays.hpp"
 
 namespace bitdecoding::python {
@@ -35,8 +37,10 @@ std::string axis_name(const KvFormat& format) {
 
 std::string repr(const KvFormat& format) { return "KvFormat.parse('" + name(format) + "')"; }
 
+// Unpickled as methodcaller('parse', name)(KvFormat): a bound static method can't be pickled.
 nb::tuple reduce(const KvFormat& format) {
-  return nb::make_tuple(nb::type<KvFormat>().attr("parse"), nb::make_tuple(name(format)));
+  const nb::object call = nb::module_::import_("operator").attr("methodcaller")("parse", name(format));
+  return nb::make_tuple(call, nb::make_tuple(nb::type<KvFormat>()));
 }
 
 }  // namespace bitdecoding::python

@@ -62,7 +62,7 @@ Raises ValueError naming the field, its value and what is allowed.)")
       .def("__repr__", &repr)
       .def(nb::self == nb::self, nb::sig("def __eq__(self, arg: object, /) -> bool"))
       .def("__hash__", [](const KvFormat& f) { return std::hash<KvFormat>{}(f); })
-      .def("__reduce__", &reduce, nb::sig("def __reduce__(self) -> tuple[object, tuple[str]]"));
+      .def("__reduce__", &reduce, nb::sig("def __reduce__(self) -> tuple[typing.Any, ...]"));
 }
 
 void bind_cache_arrays(nb::module_& module) {
