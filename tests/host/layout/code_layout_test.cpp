@@ -33,19 +33,15 @@ constexpr bool same_operand_a() {
   return true;
 }
 
-template <template <cute::GMMA::Major, cute::GMMA::Major, auto...> class Sm90Atom, class Sm80Atom>
-constexpr bool agrees_with() {
-  return same_operand_a<Sm80Atom, Sm90Atom<cute::GMMA::Major::K, cute::GMMA::Major::K>>();
-}
-
 using Sm80F16 = cute::SM80_16x8x16_F32F16F16F32_TN;
 using Sm80Bf16 = cute::SM80_16x8x16_F32BF16BF16F32_TN;
-static_assert(agrees_with<cute::SM90::GMMA::MMA_64x8x16_F32F16F16_RS, Sm80F16>());
-static_assert(agrees_with<cute::SM90::GMMA::MMA_64x16x16_F32F16F16_RS, Sm80F16>());
-static_assert(agrees_with<cute::SM90::GMMA::MMA_64x64x16_F32F16F16_RS, Sm80F16>());
-static_assert(agrees_with<cute::SM90::GMMA::MMA_64x8x16_F32BF16BF16_RS, Sm80Bf16>());
-static_assert(agrees_with<cute::SM90::GMMA::MMA_64x16x16_F32BF16BF16_RS, Sm80Bf16>());
-static_assert(agrees_with<cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS, Sm80Bf16>());
+constexpr auto kMajorK = cute::GMMA::Major::K;
+static_assert(same_operand_a<Sm80F16, cute::SM90_64x8x16_F32F16F16_RS<kMajorK, kMajorK>>());
+static_assert(same_operand_a<Sm80F16, cute::SM90_64x16x16_F32F16F16_RS<kMajorK, kMajorK>>());
+static_assert(same_operand_a<Sm80F16, cute::SM90_64x64x16_F32F16F16_RS<kMajorK, kMajorK>>());
+static_assert(same_operand_a<Sm80Bf16, cute::SM90_64x8x16_F32BF16BF16_RS<kMajorK, kMajorK>>());
+static_assert(same_operand_a<Sm80Bf16, cute::SM90_64x16x16_F32BF16BF16_RS<kMajorK, kMajorK>>());
+static_assert(same_operand_a<Sm80Bf16, cute::SM90_64x64x16_F32BF16BF16_RS<kMajorK, kMajorK>>());
 
 // ---- every lane owns its words, in register order ----
 
