@@ -2,7 +2,6 @@
 // Compiled with contraction into fused multiply-adds, unlike the quantiser: nothing here fixes bits.
 #include "cpu/code_kernels.hpp"
 
-#include "bitdecoding/format/float16.hpp"
 #include "bitdecoding/layout/page_record.hpp"
 #include "cpu/instruction_sets.hpp"
 #include "cpu/vector8.hpp"
@@ -188,12 +187,6 @@ BITDECODING_INLINE void exp2_of(const Float8& x, Float8& result) {
   result = x != x ? x : (x < low ? Float8{} : power);
 }
 
-BITDECODING_INLINE void load_fp16(const std::uint16_t* from, Float8& to) {
-  float values[8];
-  for (int i = 0; i < 8; ++i) values[i] = format::float_from_fp16(from[i]);
-  load(values, to);
-}
-
 template <int Rows>
 BITDECODING_INLINE void score_row_piece(const Float8* k, int head_dim, const float* q,
                                         float* scores) {
@@ -357,6 +350,19 @@ void add_codes(const ValueCodes& v, const float* p, int rows, float* out) {
     v.bits == 2 ? add_chunk<2, 64>(v, p, rows, out) : add_chunk<4, 64>(v, p, rows, out);
   } else {
     v.bits == 2 ? add_chunk<2, 128>(v, p, rows, out) : add_chunk<4, 128>(v, p, rows, out);
+  }
+}
+
+BITDECODING_CLONES
+void finish_codes(const float* weights, const float* zero_sums, int head_dim, int group, int rows,
+                  float* out) {
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < head_dim; c += 8) {
+      Float8 sum, weight;
+      load(out + r * head_dim + c, sum);
+      load(weights + c, weight);
+      store(sum * weight + zero_sums[r * kMaxVGroups + c / group], out + r * head_dim + c);
+    }
   }
 }
 

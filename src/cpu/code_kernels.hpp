@@ -73,6 +73,10 @@ struct ValueCodes {
 // out[channel] += sum over tokens of p[row * 64 + token] * code * 2^(field bits).
 void add_codes(const ValueCodes& v, const float* p, int rows, float* out);
 
+// Behind the last chunk: out = out * weight + the zero sum of the channel's group.
+void finish_codes(const float* weights, const float* zero_sums, int head_dim, int group, int rows,
+                  float* out);
+
 // fp16 values, rows of head_dim: out[channel] += sum over tokens of p * v.
 void add_rows(const std::uint16_t* v, int head_dim, int tokens, const float* p, int rows,
               float* out);

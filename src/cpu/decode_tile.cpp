@@ -20,10 +20,9 @@ void DecodeTile::set_queries(const float* q, int rows) {
   std::copy_n(q, rows * f.head_dim, q_);
   for (int channel = 0; channel < f.head_dim; ++channel) {
     const int lane = lane_order(channel, f.head_dim);
-    weights_[lane] = field_weight(channel, f.k_bits);
     for (int r = 0; r < rows; ++r) {
       const float value = q[r * f.head_dim + channel];
-      q_lane_[r * f.head_dim + lane] = per_token ? value * weights_[lane] : value;
+      q_lane_[r * f.head_dim + lane] = per_token ? value * map_.k_weights[lane] : value;
     }
   }
   std::fill_n(bias_, rows, 0.f);
@@ -82,8 +81,8 @@ void DecodeTile::score_chunk(const std::uint8_t* page, int chunk, bool first, fl
       const int in_page = chunk * kChunkTokens + n;
       if (first || in_page % f.k_group == 0) {
         const PageMap::Parameters& at = map_.k_channels[in_page / PageMap::kRunTokens];
-        fold_channel_group(q_lane_, weights_, fp16_at(page, at.scales), fp16_at(page, at.zeros),
-                           f.head_dim, rows_, q_scaled_, bias_);
+        fold_channel_group(q_lane_, map_.k_weights, fp16_at(page, at.scales),
+                           fp16_at(page, at.zeros), f.head_dim, rows_, q_scaled_, bias_);
       }
       codes.codes = page + map_.k_codes[chunk] + n * f.head_dim * f.k_bits / 8;
       score_codes(codes, q_scaled_, bias_, rows_, scores + n);
@@ -124,13 +123,7 @@ void DecodeTile::add_pages(const Segment& segment) {
                 p_scaled_, rows_, sum_);
     }
   }
-  for (int r = 0; r < rows_; ++r) {
-    for (int channel = 0; channel < f.head_dim; ++channel) {
-      float& sum = sum_[r * f.head_dim + channel];
-      sum =
-          sum * field_weight(channel, f.v_bits) + zero_sums_[r * kMaxVGroups + channel / f.v_group];
-    }
-  }
+  finish_codes(map_.v_weights, zero_sums_, f.head_dim, f.v_group, rows_, sum_);
 }
 
 // ---- fp16 rows ----

@@ -11,8 +11,6 @@
 
 namespace bitdecoding::cpu {
 
-inline constexpr int kMaxHeadDim = 128;
-
 // Up to kSegmentTokens attended tokens of one sequence, all in one place.
 struct Segment {
   enum class Place { pages, first_rows, tail };
@@ -60,7 +58,6 @@ class DecodeTile {
   alignas(64) float q_[kRowTile * kMaxHeadDim];       // channel order
   alignas(64) float q_lane_[kRowTile * kMaxHeadDim];  // lane order; token axis: times weights
   alignas(64) float q_scaled_[kRowTile * kMaxHeadDim];
-  alignas(64) float weights_[kMaxHeadDim];  // of K's fields, lane order
   float bias_[kRowTile];
   float q_sums_[PageMap::kGroups][kRowTile];  // token axis: sum of a channel group's q
 

@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where a page record keeps what decode reads, as byte offsets taken from the views of
-// layout/packed_kv_tensor.hpp once per call. Chunks are 64 tokens, runs 32: the shortest K group.
+// layout/packed_kv_tensor.hpp once per call, and the weights of the fields that codes come in.
+// Chunks are 64 tokens, runs 32: the shortest K group.
 #pragma once
 
 #include <cstdint>
 
 #include "bitdecoding/layout/packed_kv_tensor.hpp"
+#include "cpu/code_kernels.hpp"
 #include "cpu/page_dispatch.hpp"
 
 namespace bitdecoding::cpu {
+
+inline constexpr int kMaxHeadDim = 128;
 
 struct PageMap {
   static constexpr int kRunTokens = 32;
@@ -27,6 +31,9 @@ struct PageMap {
   Parameters k_channels[kRuns];           // channel axis: the group that holds the run
   Parameters k_tokens[kChunks][kGroups];  // token axis
   Parameters v_tokens[kChunks][kGroups];
+
+  float k_weights[kMaxHeadDim];  // lane order
+  float v_weights[kMaxHeadDim];  // channel order
 };
 
 template <layout::PageConfig Config>
@@ -69,6 +76,10 @@ inline PageMap map_page(const KvFormat& format, const std::uint8_t* bytes) {
   PageMap map{};
   with_page_config(format,
                    [&]<layout::PageConfig Config>() { map = map_page<Config>(format, bytes); });
+  for (int channel = 0; channel < format.head_dim; ++channel) {
+    map.k_weights[lane_order(channel, format.head_dim)] = field_weight(channel, format.k_bits);
+    map.v_weights[channel] = field_weight(channel, format.v_bits);
+  }
   return map;
 }
 

@@ -24,6 +24,20 @@ BITDECODING_INLINE void store(const Vector& from, Element* to) {
   std::memcpy(to, &from, sizeof(from));
 }
 
+// Eight fp16 numbers; the arithmetic of format::float_from_fp16.
+BITDECODING_INLINE void load_fp16(const std::uint16_t* from, Float8& to) {
+  using UShort8 = std::uint16_t __attribute__((vector_size(16)));
+  UShort8 halves;
+  load(from, halves);
+  const UInt8 bits = __builtin_convertvector(halves, UInt8);
+  const UInt8 magnitude = bits & 0x7fffu;
+  const Float8 subnormal = __builtin_convertvector((Int8)magnitude, Float8) * 0x1p-24f;
+  const UInt8 rebias =
+      magnitude >= 0x7c00u ? UInt8{} + ((255u - 31u) << 23) : UInt8{} + ((127u - 15u) << 23);
+  const UInt8 normal = (magnitude << 13) + rebias;
+  to = (Float8)((magnitude < 0x0400u ? (UInt8)subnormal : normal) | (bits & 0x8000u) << 16);
+}
+
 // The sum of the lanes, in a fixed order.
 BITDECODING_INLINE float lane_sum(const Float8& v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
