@@ -15,6 +15,8 @@
 
 namespace bitdecoding {
 
+inline constexpr int kMaxKeepLast = 1 << 24;  // sums with page and append sizes stay within int
+
 struct PagedKvCache {
   KvFormat format;
   int keep_first = 0;  // F: tokens of the start of every sequence kept in fp16, 0..P
@@ -63,13 +65,14 @@ constexpr int packed_tokens(int length, int keep_last, int page_tokens, int pack
 // Everything the host can check of a cache without reading device memory.
 inline Status validate(const PagedKvCache& c) {
   if (Status status = validate(c.format); !status.is_ok()) return status;
-  const int min_tail = min_tail_tokens(c.keep_last, c.format.page_tokens, 1);
   const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
   if (c.keep_first < 0 || c.keep_first > c.format.page_tokens) {
     return invalid_argument("keep_first = ", c.keep_first, "; allowed: 0 to page_tokens (",
                             c.format.page_tokens, ")");
   }
-  if (c.keep_last < 0) return invalid_argument("keep_last = ", c.keep_last, "; allowed: 0 or more");
+  if (c.keep_last < 0 || c.keep_last > kMaxKeepLast) {
+    return invalid_argument("keep_last = ", c.keep_last, "; allowed: 0 to ", kMaxKeepLast);
+  }
   if (c.batch < 0) return invalid_argument("batch = ", c.batch, "; allowed: 0 or more");
   if (c.num_kv_heads < 1) {
     return invalid_argument("num_kv_heads = ", c.num_kv_heads, "; allowed: 1 or more");
@@ -78,6 +81,7 @@ inline Status validate(const PagedKvCache& c) {
     return invalid_argument("num_pages, num_slots, max_pages = ", c.num_pages, ", ", c.num_slots,
                             ", ", c.max_pages, "; allowed: 0 or more");
   }
+  const int min_tail = min_tail_tokens(c.keep_last, c.format.page_tokens, 1);
   if (c.tail_tokens < min_tail) {
     return invalid_argument("tail_tokens = ", c.tail_tokens, "; allowed: ", min_tail,
                             " or more (keep_last + page_tokens, rounded up to 16)");

@@ -105,11 +105,15 @@ __device__ void divide_by_norms(const Tile& sX, int tokens, const Store& store) 
     for (int width = kLanes / 2; width > 0; width /= 2) {
       sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, width));
     }
-    const std::uint16_t norm = format::fp16_from_float(__fsqrt_rn(sum));
-    if (lane == 0) store(token, cutlass::half_t::bitcast(norm));
+    const cutlass::half_t norm =
+        cutlass::half_t::bitcast(format::fp16_from_float(__fsqrt_rn(sum)));
+    if (lane == 0) store(token, norm);
+    // format::normalized_key by the hardware's conversions: no quotient saturates.
+    const float length = static_cast<float>(norm);
+    const float inverse = length != 0.f ? __fdiv_rn(1.f, length) : 0.f;
     for (int i = 0; i < kValues; ++i) {
       cutlass::half_t& k = sX(token, lane + i * kLanes);
-      k = cutlass::half_t::bitcast(format::normalized_key(k.raw(), norm));
+      k = cutlass::half_t(__fmul_rn(static_cast<float>(k), inverse));
     }
   }
 }
