@@ -77,5 +77,5 @@ $(VENV)/installed: constraints.txt
 # Metadata, console script and a path to python/; CMake builds the module (see build).
 $(VENV)/registered: $(VENV)/installed pyproject.toml include/bitdecoding/version.hpp
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . \
-	  --config-settings wheel.cmake=false --config-settings editable.mode=inplace
+	  -C wheel.cmake=false -C wheel.platlib=true -C editable.mode=inplace
 	touch $@
