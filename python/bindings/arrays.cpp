@@ -97,7 +97,7 @@ std::string device_name(const Device& device) {
 
 Array::Array(nb::handle object, const char* name, Access access)
     : name_(name), array_(import_array(object, name, access)), device_(import_device(array_, name)) {
-  expect_aligned();
+  if (array_.itemsize() > 0) expect_address(array_.itemsize());
 }
 
 int Array::extent(int mode) const {
@@ -141,7 +141,7 @@ const Array& Array::expect_contiguous() const {
 
 const Array& Array::expect_unit_stride() const {
   const int last = static_cast<int>(array_.ndim()) - 1;
-  if (array_.shape(last) > 1 && array_.stride(last) != 1) {
+  if (!empty() && array_.shape(last) > 1 && array_.stride(last) != 1) {
     refuse_value(name_, ": stride of the last mode = ", array_.stride(last),
                  " elements; allowed: 1");
   }
@@ -172,13 +172,11 @@ const Array& Array::expect_dtype(nb::dlpack::dtype allowed) const {
   return *this;
 }
 
-void Array::expect_aligned() const {
-  const std::uintptr_t item_bytes = array_.itemsize();
-  const auto address = reinterpret_cast<std::uintptr_t>(array_.data());
-  if (item_bytes > 0 && address % item_bytes != 0) {
-    refuse_value(name_, ": address = ", array_.data(), "; allowed: a multiple of the element size (",
-                 item_bytes, ")");
+const Array& Array::expect_address(std::uintptr_t alignment_bytes) const {
+  if (reinterpret_cast<std::uintptr_t>(array_.data()) % alignment_bytes != 0) {
+    refuse_value(name_, ": address = ", array_.data(), "; allowed: multiples of ", alignment_bytes);
   }
+  return *this;
 }
 
 std::optional<Array> optional_ints(nb::handle object, const char* name, int batch,

@@ -72,6 +72,7 @@ class Array {
   const Array& expect_shape(const char* modes, std::initializer_list<std::int64_t> extents) const;
   const Array& expect_contiguous() const;
   const Array& expect_unit_stride() const;  // of the last mode
+  const Array& expect_address(std::uintptr_t alignment_bytes) const;
   const Array& expect_on(const Array& other) const;
   const Array& expect_bytes() const { return expect_dtype(nb::dtype<std::uint8_t>()); }
   const Array& expect_int32() const { return expect_dtype(nb::dtype<std::int32_t>()); }
@@ -83,7 +84,6 @@ class Array {
  private:
   nb::dlpack::dtype dtype() const { return array_.dtype(); }
   const Array& expect_dtype(nb::dlpack::dtype allowed) const;
-  void expect_aligned() const;
 
   const char* name_;
   nb::ndarray<nb::ro> array_;

@@ -13,6 +13,8 @@ namespace bitdecoding::python {
 
 namespace {
 
+using layout::kSectionAlignment_bytes;
+
 // Runs the library's work while other Python threads run.
 template <class Work>
 void run(const Work& work) {
@@ -42,8 +44,9 @@ CacheArrays::CacheArrays(const KvFormat& format, int keep_first, int keep_last, 
       packed_(packed, "packed", Access::write) {
   pool_.expect_bytes();
   pool_.expect_shape("(num_pages, num_kv_heads, page_bytes)", {kAny, kAny, page_bytes(format)});
+  pool_.expect_address(kSectionAlignment_bytes);
   const int heads = pool_.extent(1);
-  side_.expect_float16();
+  side_.expect_float16().expect_address(kSectionAlignment_bytes);
   side_.expect_shape("(num_slots, num_kv_heads, 2, keep_first + tail_tokens, head_dim)",
                      {kAny, heads, 2, kAny, format.head_dim});
   lengths_.expect_int32().expect_shape("(batch,)", {kAny});

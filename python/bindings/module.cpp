@@ -70,12 +70,12 @@ void bind_cache_arrays(nb::module_& module) {
                           "The checked arrays of a PagedKvCache and its compiled operations.")
       .def(nb::init<const KvFormat&, int, int, nb::handle, nb::handle, nb::handle, nb::handle,
                     nb::handle, nb::handle>(),
-           "format"_a, nb::kw_only(), "keep_first"_a, "keep_last"_a, "pool"_a, "side"_a,
-           "block_table"_a, "slots"_a, "lengths"_a, "packed"_a)
+           "format"_a, nb::kw_only(), "keep_first"_a, "keep_last"_a, "pool"_a.none(), "side"_a.none(),
+           "block_table"_a.none(), "slots"_a.none(), "lengths"_a.none(), "packed"_a.none())
       .def_prop_ro("capacity_tokens", &CacheArrays::capacity_tokens)
-      .def("append", &CacheArrays::append, "k"_a, "v"_a, nb::kw_only(), "leftpad"_a.none(),
+      .def("append", &CacheArrays::append, "k"_a.none(), "v"_a.none(), nb::kw_only(), "leftpad"_a.none(),
            "num_tokens"_a.none(), "max_tokens"_a, "threads"_a)
-      .def("decode", &CacheArrays::decode, "q"_a, "out"_a, nb::kw_only(), "lse"_a.none(),
+      .def("decode", &CacheArrays::decode, "q"_a.none(), "out"_a.none(), nb::kw_only(), "lse"_a.none(),
            "softmax_scale"_a, "threads"_a)
       .def("check", &CacheArrays::check);
   module.def("sequence_extents", &sequence_extents, "format"_a, nb::kw_only(), "keep_last"_a,
@@ -89,10 +89,11 @@ void bind_cache_arrays(nb::module_& module) {
 
 NB_MODULE(_ext, module) {
   using namespace bitdecoding::python;
+  nb::set_leak_warnings(false);  // a format alive at exit, in a cache say, is nobody's mistake
   module.doc() = "The compiled part of bitdecoding: formats, cache operations, facts of the build.";
   bind_kv_format(module);
   bind_cache_arrays(module);
-  module.def("pack_arrays", &pack_arrays, "k"_a, "v"_a, "pool"_a, "block_table"_a, nb::kw_only(),
+  module.def("pack_arrays", &pack_arrays, "k"_a.none(), "v"_a.none(), "pool"_a.none(), "block_table"_a.none(), nb::kw_only(),
              "format"_a, "keep_first"_a, "first_page"_a.none(), "leftpad"_a.none(),
              "num_tokens"_a.none(), "threads"_a, "stream"_a.none(), "error_word"_a.none(),
              "bitdecoding.pack_pages, on a stream and with an error word that the caller supplies.");

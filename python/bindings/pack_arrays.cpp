@@ -32,7 +32,7 @@ void pack_arrays(nb::handle k, nb::handle v, nb::handle pool, nb::handle block_t
                  nb::handle num_tokens, int threads, std::optional<std::uintptr_t> stream,
                  nb::handle error_word) {
   const Array pages(pool, "pool", Access::write);
-  pages.expect_bytes().expect_contiguous();
+  pages.expect_bytes().expect_contiguous().expect_address(layout::kSectionAlignment_bytes);
   pages.expect_shape("(num_pages, num_kv_heads, page_bytes)", {kAny, kAny, page_bytes(format)});
   const int heads = pages.extent(1);
   const TokenArrays tokens(k, v, leftpad, num_tokens, heads, format.head_dim);

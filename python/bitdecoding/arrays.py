@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import operator
 import sys
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
-import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Array: TypeAlias = Any  # of NumPy, torch or, where no output is made, any DLPack library
 ArrayT = TypeVar("ArrayT")
@@ -35,10 +37,11 @@ def torch_of(array: object) -> Any | None:
 
 def empty_like(array: ArrayT, name: str) -> ArrayT:
     """A new contiguous array of the library, shape, dtype and device of `array`."""
-    return _empty(array, name, None, None)
+    result: ArrayT = _empty(array, name, None, None)
+    return result
 
 
-def empty_floats(array: ArrayT, name: str, shape: tuple[int, ...]) -> ArrayT:
+def empty_floats(array: object, name: str, shape: tuple[int, ...]) -> Array:
     """A new float32 array of the library and device of `array`."""
     return _empty(array, name, shape, "float32")
 

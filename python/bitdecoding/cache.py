@@ -186,7 +186,7 @@ class PagedKvCache:
         out: ArrayT | None = None,
         return_softmax_lse: Literal[True],
         threads: int = 0,
-    ) -> tuple[ArrayT, ArrayT]: ...
+    ) -> tuple[ArrayT, Array]: ...
 
     def decode(
         self,
@@ -196,7 +196,7 @@ class PagedKvCache:
         out: ArrayT | None = None,
         return_softmax_lse: bool = False,
         threads: int = 0,
-    ) -> ArrayT | tuple[ArrayT, ArrayT]:
+    ) -> ArrayT | tuple[ArrayT, Array]:
         """Attention of new queries over all tokens of their sequences (no causal mask).
 
         Parameters
@@ -211,10 +211,10 @@ class PagedKvCache:
         Returns out, or (out, lse) with lse float32 (B, Hq, Sq). An empty sequence gives 0 and -inf.
         """
         result = empty_like(q, "q") if out is None else out
-        lse: ArrayT | None = None
+        lse: Array | None = None
         if return_softmax_lse:
-            queries: Any = q
-            batch, tokens, heads = (*queries.shape, 0, 0, 0)[:3]  # a wrong rank is refused below
+            shape = getattr(q, "shape", ())
+            batch, tokens, heads = (*shape, 0, 0, 0)[:3]  # a wrong rank is refused below
             lse = empty_floats(q, "q", (batch, heads, tokens))
         scale = 1 / math.sqrt(self._format.head_dim) if softmax_scale is None else softmax_scale
         self._arrays.decode(q, result, lse=lse, softmax_scale=scale, threads=threads)

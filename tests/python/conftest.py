@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of all Python tests. Those marked gpu are skipped, visibly, without a CUDA device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+settings.register_profile("bitdecoding", deadline=None, print_blob=True)
+settings.load_profile("bitdecoding")
+
+
+def why_no_gpu() -> str | None:
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    import bitdecoding
+
+    return None if bitdecoding.build_info()["kernels"] else "this build has no CUDA kernels"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if any(item.get_closest_marker("gpu") for item in items) and (reason := why_no_gpu()):
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20250318)
+
+
+@pytest.fixture
+def torch() -> Any:
+    return pytest.importorskip("torch")

@@ -1,0 +1,444 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle: page bytes and attention in NumPy, from docs/format.md alone, sharing no code.
+
+The quantiser works in float32, as the format defines it; attention works in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bitdecoding import KvFormat
+
+Floats = npt.NDArray[np.floating[Any]]
+Halves = npt.NDArray[np.float16]
+Ints = npt.NDArray[np.integer[Any]]
+Bytes = npt.NDArray[np.uint8]
+Doubles = npt.NDArray[np.float64]
+
+CHUNK = 64  # tokens
+NAN16 = np.uint16(0x7FFF).view(np.float16)
+
+
+def to_half(values: npt.NDArray[Any]) -> Halves:
+    """What becomes of every key and value first: nearest-even fp16, saturating, one NaN."""
+    exact = np.asarray(values).astype(np.float32)
+    halves = np.clip(exact, np.float32(-65504), np.float32(65504)).astype(np.float16)
+    return np.where(np.isnan(exact), NAN16, halves)
+
+
+def doubles(values: npt.NDArray[Any]) -> Doubles:
+    return np.asarray(values, np.float64)
+
+
+# ---- where the bits lie ----
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Byte offsets of the sections of one chunk of 64 tokens in a record."""
+
+    k_groups: int  # scales, then zeros, of each channel-axis K group that begins in the chunk
+    groups_here: int
+    k_codes: int
+    v_codes: int
+    v_parameters: int
+    k_parameters: int  # token axis
+    norms: int
+    end: int
+
+
+@functools.cache
+def chunks(f: KvFormat) -> tuple[Chunk, ...]:
+    result = []
+    offset = 0
+    for begin in range(0, f.page_tokens, CHUNK):
+        groups = sum(begin <= token < begin + CHUNK for token in range(0, f.page_tokens, f.k_group))
+        groups = groups if f.k_axis == "channel" else 0
+        token_groups = f.head_dim // f.k_group if f.k_axis == "token" else 0
+        sizes = [
+            groups * 2 * f.head_dim * 2,
+            CHUNK * f.head_dim * f.k_bits // 8,
+            CHUNK * f.head_dim * f.v_bits // 8,
+            f.head_dim // f.v_group * 2 * CHUNK * 2,
+            token_groups * 2 * CHUNK * 2,
+            CHUNK * 2 if f.token_norm else 0,
+        ]
+        offsets = [offset]
+        for size in sizes:
+            offsets.append(offsets[-1] + round_up(size, 16))
+        k_groups, k_codes, v_codes, v_parameters, k_parameters, norms, offset = offsets
+        result.append(
+            Chunk(k_groups, groups, k_codes, v_codes, v_parameters, k_parameters, norms, offset)
+        )
+    return tuple(result)
+
+
+def page_bytes(f: KvFormat) -> int:
+    return round_up(chunks(f)[-1].end, 128)
+
+
+@functools.cache
+def k_code_bits(bits: int, head_dim: int) -> Ints:
+    """(token 64, channel) -> bit of a chunk's K codes."""
+    n, c = np.indices((CHUNK, head_dim))
+    fields = 8 // bits
+    words = head_dim // (8 * fields)  # of one lane and block of 16 tokens
+    unit_words = min(words, 4)
+    g, u = n % 8, n % 16 // 8
+    word, field, t, h = c // (8 * fields), c // 8 % fields, c % 8 // 2, c % 2
+    unit = n // 16 * (words // unit_words) + word // unit_words
+    place = ((unit * 32 + 4 * g + t) * unit_words + word % unit_words) * 4 + 2 * h + u
+    return place * 8 + field * bits
+
+
+@functools.cache
+def v_code_bits(bits: int, head_dim: int) -> Ints:
+    """(token 64, channel) -> bit of a chunk's V codes."""
+    n, c = np.indices((CHUNK, head_dim))
+    fields = 8 // bits
+    words = head_dim // (8 * fields)
+    parts = min(words, 4)  # of the channels
+    part_words = words // parts
+    t, h, u = n % 8 // 2, n % 2, n % 16 // 8
+    word, field, g = c // (8 * fields), c // 8 % fields, c % 8
+    in_part = word % part_words + part_words * (n // 16)
+    unit = word // part_words * part_words + in_part // 4
+    place = ((unit * 32 + 4 * g + t) * 4 + in_part % 4) * 4 + 2 * h + u
+    return place * 8 + field * bits
+
+
+@functools.cache
+def channel_order(head_dim: int) -> Ints:
+    """channel -> element of a channel-axis K group's scales (or zeros)."""
+    c = np.arange(head_dim)
+    return c % 8 // 2 * (head_dim // 4) + c // 8 * 2 + c % 2
+
+
+@functools.cache
+def token_order() -> Ints:
+    """token of a chunk -> element of a plane of 64 per-token values."""
+    n = np.arange(CHUNK)
+    return n % 8 * 8 + n // 8
+
+
+def _put(record: Bytes, offset: int, elements: Ints, values: Halves) -> None:
+    """Writes fp16 `values` (..., n) at element numbers `elements` (n) after byte `offset`."""
+    raw = np.ascontiguousarray(values).view(np.uint16)
+    record[..., offset + 2 * elements] = (raw & 0xFF).astype(np.uint8)
+    record[..., offset + 2 * elements + 1] = (raw >> 8).astype(np.uint8)
+
+
+def _get(record: Bytes, offset: int, elements: Ints) -> Halves:
+    low = record[..., offset + 2 * elements].astype(np.uint16)
+    high = record[..., offset + 2 * elements + 1].astype(np.uint16)
+    return (low | high << 8).view(np.float16)
+
+
+# ---- what the bits mean ----
+
+
+@dataclass
+class Page:
+    """Pages in the clear. Leading modes are anything; parameters are spread to every element."""
+
+    k_codes: npt.NDArray[np.uint8]  # (..., P, D)
+    v_codes: npt.NDArray[np.uint8]  # (..., P, D)
+    k_scale: Halves  # (..., P, D)
+    k_zero: Halves
+    v_scale: Halves
+    v_zero: Halves
+    norms: Halves  # (..., P); ones where the format has none
+
+    def keys(self) -> Doubles:
+        return _value(self.k_codes, self.k_scale, self.k_zero) * doubles(self.norms[..., None])
+
+    def values(self) -> Doubles:
+        return _value(self.v_codes, self.v_scale, self.v_zero)
+
+    def key_terms(self) -> Doubles:
+        """|code * scale| + |zero|, what rounding errors are relative to."""
+        terms = _terms(self.k_codes, self.k_scale, self.k_zero)
+        return terms * doubles(self.norms[..., None])
+
+    def value_terms(self) -> Doubles:
+        return _terms(self.v_codes, self.v_scale, self.v_zero)
+
+
+def _value(code: npt.NDArray[Any], scale: Halves, zero: Halves) -> Doubles:
+    return doubles(code) * doubles(scale) + doubles(zero)
+
+
+def _terms(code: npt.NDArray[Any], scale: Halves, zero: Halves) -> Doubles:
+    return doubles(code) * doubles(scale) + np.abs(doubles(zero))
+
+
+def quantize(
+    values: Halves, excluded: npt.NDArray[np.bool_], bits: int, axis: int
+) -> tuple[npt.NDArray[np.uint8], Halves, Halves]:
+    """Codes, scale, zero of groups along `axis`; excluded elements don't widen their group."""
+    x = values.astype(np.float32)
+    top = np.float32(2**bits - 1)
+    low = np.min(np.where(excluded, np.inf, x), axis=axis, keepdims=True).astype(np.float32)
+    high = np.max(np.where(excluded, -np.inf, x), axis=axis, keepdims=True).astype(np.float32)
+    has_nan = np.any(np.isnan(x) & ~excluded, axis=axis, keepdims=True)
+    empty = np.all(excluded | np.zeros(x.shape, bool), axis=axis, keepdims=True)
+    usable = ~(has_nan | empty)
+
+    zero = np.where(usable, low, 0).astype(np.float16) + np.float16(0)  # -0 becomes +0
+    step = (np.where(usable, high, 0).astype(np.float32) - zero.astype(np.float32)) / top
+    scale = np.maximum(step, np.float32(0)).astype(np.float16)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse = np.where(scale > 0, np.float32(1) / scale.astype(np.float32), np.float32(0))
+        scaled = (x - zero.astype(np.float32)) * inverse.astype(np.float32)
+    codes = np.rint(np.clip(np.where(np.isnan(scaled), 0, scaled), 0, top)).astype(np.uint8)
+    codes = np.where(has_nan, 0, codes).astype(np.uint8)
+    return codes, np.where(has_nan, NAN16, scale), np.where(has_nan, NAN16, zero)
+
+
+def token_norms(k: Halves) -> Halves:
+    """(..., D) -> (...): channel c joins sum c % 32 in rising order; sums are halved pairwise."""
+    squares = k.astype(np.float32) ** 2
+    sums = np.zeros((*k.shape[:-1], 32), np.float32)
+    for begin in range(0, k.shape[-1], 32):
+        sums = sums + squares[..., begin : begin + 32]
+    width = 16
+    while width > 0:
+        sums[..., :width] += sums[..., width : 2 * width]
+        width //= 2
+    return to_half(np.sqrt(sums[..., 0]))
+
+
+def normalized(k: Halves, norms: Halves) -> Halves:
+    length = norms.astype(np.float32)[..., None]
+    with np.errstate(divide="ignore"):
+        inverse = np.where(length != 0, np.float32(1) / length, np.float32(0))
+    return to_half(k.astype(np.float32) * inverse)
+
+
+def quantize_page(f: KvFormat, k: Halves, v: Halves, first_tokens: int = 0) -> Page:
+    """k, v (..., P, D). `first_tokens`: how many of these tokens keep_first covers."""
+    lead, (tokens, channels) = k.shape[:-2], k.shape[-2:]
+    norms = token_norms(k) if f.token_norm else np.ones((*lead, tokens), np.float16)
+    coded = normalized(k, norms) if f.token_norm else k
+    if f.k_axis == "channel":
+        grouped = coded.reshape(*lead, tokens // f.k_group, f.k_group, channels)
+        excluded = (np.arange(tokens) < first_tokens).reshape(-1, f.k_group, 1)
+        k_parts = quantize(grouped, excluded, f.k_bits, -2)
+    else:
+        grouped = coded.reshape(*lead, tokens, channels // f.k_group, f.k_group)
+        k_parts = quantize(grouped, np.zeros((1, 1, 1), bool), f.k_bits, -1)
+    v_grouped = v.reshape(*lead, tokens, channels // f.v_group, f.v_group)
+    v_parts = quantize(v_grouped, np.zeros((1, 1, 1), bool), f.v_bits, -1)
+
+    def spread(part: npt.NDArray[Any], like: Halves) -> npt.NDArray[Any]:
+        return np.broadcast_to(part, like.shape).reshape(k.shape)
+
+    k_codes, k_scale, k_zero = (spread(part, grouped) for part in k_parts)
+    v_codes, v_scale, v_zero = (spread(part, v_grouped) for part in v_parts)
+    return Page(k_codes, v_codes, k_scale, k_zero, v_scale, v_zero, norms)
+
+
+def write_page(f: KvFormat, page: Page) -> Bytes:
+    """(..., page_bytes)"""
+    record = np.zeros((*page.k_codes.shape[:-2], page_bytes(f)), np.uint8)
+    for index, chunk in enumerate(chunks(f)):
+        tokens = slice(index * CHUNK, (index + 1) * CHUNK)
+        for bits, offset, places, codes in (
+            (f.k_bits, chunk.k_codes, k_code_bits(f.k_bits, f.head_dim), page.k_codes),
+            (f.v_bits, chunk.v_codes, v_code_bits(f.v_bits, f.head_dim), page.v_codes),
+        ):
+            for field in range(0, 8, bits):  # codes of one field of all bytes at once
+                of_field = places % 8 == field
+                byte = offset + places[of_field] // 8
+                record[..., byte] |= codes[..., tokens, :][..., of_field] << np.uint8(field)
+        for values, offset, elements in _parameters(f, index, chunk, page):
+            _put(record, offset, elements, values)
+    return record
+
+
+def _parameters(
+    f: KvFormat, index: int, chunk: Chunk, page: Page
+) -> list[tuple[Halves, int, Ints]]:
+    """(values, byte offset, element numbers) of every plane of parameters of a chunk."""
+    begin = index * CHUNK
+    tokens = slice(begin, begin + CHUNK)
+    planes: list[tuple[Halves, int, Ints]] = []
+    for group in range(chunk.groups_here):
+        token = begin + group * f.k_group
+        offset = chunk.k_groups + group * 2 * f.head_dim * 2
+        order = channel_order(f.head_dim)
+        planes.append((page.k_scale[..., token, :], offset, order))
+        planes.append((page.k_zero[..., token, :], offset + 2 * f.head_dim, order))
+    per_token = [(chunk.v_parameters, f.v_group, page.v_scale, page.v_zero)]
+    if f.k_axis == "token":
+        per_token.append((chunk.k_parameters, f.k_group, page.k_scale, page.k_zero))
+    for offset, group_channels, scale, zero in per_token:
+        for group in range(f.head_dim // group_channels):
+            plane = offset + group * 2 * CHUNK * 2
+            channel = group * group_channels
+            planes.append((scale[..., tokens, channel], plane, token_order()))
+            planes.append((zero[..., tokens, channel], plane + 2 * CHUNK, token_order()))
+    if f.token_norm:
+        planes.append((page.norms[..., tokens], chunk.norms, token_order()))
+    return planes
+
+
+def read_page(f: KvFormat, record: Bytes) -> Page:
+    """(..., page_bytes) -> pages in the clear."""
+    shape = (*record.shape[:-1], f.page_tokens, f.head_dim)
+    k_codes, v_codes = (np.zeros(shape, np.uint8) for _ in range(2))
+    k_scale, k_zero, v_scale, v_zero = (np.zeros(shape, np.float16) for _ in range(4))
+    norms = np.ones(shape[:-1], np.float16)
+    page = Page(k_codes, v_codes, k_scale, k_zero, v_scale, v_zero, norms)
+    for index, chunk in enumerate(chunks(f)):
+        begin = index * CHUNK
+        tokens = slice(begin, begin + CHUNK)
+        for bits, offset, places, codes in (
+            (f.k_bits, chunk.k_codes, k_code_bits(f.k_bits, f.head_dim), page.k_codes),
+            (f.v_bits, chunk.v_codes, v_code_bits(f.v_bits, f.head_dim), page.v_codes),
+        ):
+            byte = record[..., offset + places // 8]
+            codes[..., tokens, :] = byte >> (places % 8).astype(np.uint8) & (2**bits - 1)
+        for group in range(chunk.groups_here):
+            members = slice(begin + group * f.k_group, begin + (group + 1) * f.k_group)
+            offset = chunk.k_groups + group * 2 * f.head_dim * 2
+            order = channel_order(f.head_dim)
+            page.k_scale[..., members, :] = _get(record, offset, order)[..., None, :]
+            page.k_zero[..., members, :] = _get(record, offset + 2 * f.head_dim, order)[
+                ..., None, :
+            ]
+        per_token = [(chunk.v_parameters, f.v_group, page.v_scale, page.v_zero)]
+        if f.k_axis == "token":
+            per_token.append((chunk.k_parameters, f.k_group, page.k_scale, page.k_zero))
+        for offset, group_channels, scale, zero in per_token:
+            for group in range(f.head_dim // group_channels):
+                members = slice(group * group_channels, (group + 1) * group_channels)
+                plane = offset + group * 2 * CHUNK * 2
+                order = token_order()
+                scale[..., tokens, members] = _get(record, plane, order)[..., None]
+                zero[..., tokens, members] = _get(record, plane + 2 * CHUNK, order)[..., None]
+        if f.token_norm:
+            page.norms[..., tokens] = _get(record, chunk.norms, token_order())
+    return page
+
+
+def pack(f: KvFormat, k: Halves, v: Halves, first_tokens: int = 0) -> Bytes:
+    """The whole pages of k, v (T, H, D), from a page boundary on -> (pages, H, page_bytes)."""
+    tokens, heads, channels = k.shape
+    pages = tokens // f.page_tokens
+    shape = (pages, f.page_tokens, heads, channels)
+    whole = pages * f.page_tokens
+    k, v = (x[:whole].reshape(shape).transpose(0, 2, 1, 3) for x in (k, v))  # (pages, H, P, D)
+    records = write_page(f, quantize_page(f, k, v))
+    if first_tokens > 0 and pages > 0:
+        records[0] = write_page(f, quantize_page(f, k[0], v[0], first_tokens))
+    return records
+
+
+# ---- attention ----
+
+
+@dataclass
+class Attended:
+    """What one sequence attends to, (L, H, D), and the terms that errors are relative to."""
+
+    k: Doubles
+    v: Doubles
+    k_terms: Doubles
+    v_terms: Doubles
+
+
+def attended(cache: Any, b: int) -> Attended:
+    """Sequence b read from a cache's arrays: first rows, pages, tail ring."""
+    f: KvFormat = cache.format
+    pool, side, table, slots, lengths, packed_counts = (
+        np.asarray(array)
+        for array in (
+            cache.pool,
+            cache.side,
+            cache.block_table,
+            cache.slots,
+            cache.lengths,
+            cache.packed,
+        )
+    )
+    length, packed = int(lengths[b]), int(packed_counts[b])
+    rows = side[slots[b]].astype(float)  # (H, 2, F + T, D)
+    tail_tokens = rows.shape[2] - cache.keep_first
+    first = min(cache.keep_first, packed)
+    ring = [cache.keep_first + token % tail_tokens for token in range(packed, length)]
+    head_k, head_v = (rows[:, i, :first].transpose(1, 0, 2) for i in range(2))
+    tail_k, tail_v = (rows[:, i, ring].transpose(1, 0, 2) for i in range(2))
+
+    page = read_page(f, pool[table[b, : packed // f.page_tokens]])  # (pages, H, P, D)
+
+    def of_pages(x: Doubles) -> Doubles:
+        heads, channels = x.shape[1], x.shape[3]
+        return doubles(x.transpose(0, 2, 1, 3).reshape(-1, heads, channels)[first:])
+
+    return Attended(
+        np.concatenate([head_k, of_pages(page.keys()), tail_k]),
+        np.concatenate([head_v, of_pages(page.values()), tail_v]),
+        np.concatenate([np.abs(head_k), of_pages(page.key_terms()), np.abs(tail_k)]),
+        np.concatenate([np.abs(head_v), of_pages(page.value_terms()), np.abs(tail_v)]),
+    )
+
+
+@dataclass
+class Attention:
+    """Output of one sequence and how far a float32 implementation may be from it."""
+
+    out: Doubles  # (Sq, Hq, D)
+    lse: Doubles  # (Hq, Sq)
+    out_budget: Doubles  # (Sq, Hq, D), without the rounding to the output's type
+    lse_budget: Doubles  # (Hq, Sq)
+
+
+EPSILON = 2.0**-24  # half a unit in the last place of float32
+
+
+def attention(q: Floats, tokens: Attended, softmax_scale: float) -> Attention:
+    """q (Sq, Hq, D) over the tokens of one sequence.
+
+    The budget is that of plain float32 sums: a dot product of n terms is within (n + c) * EPSILON
+    of the sum of its terms' magnitudes. A score that is off by d changes its weight by the factor
+    exp(d), all weights together by at most 2d; sums over L tokens add (L + c) * EPSILON.
+    """
+    queries, heads, channels = q.shape
+    length, kv_heads, _ = tokens.k.shape
+    if length == 0:
+        zero = np.zeros((queries, heads, channels))
+        empty = np.full((heads, queries), -np.inf)
+        return Attention(zero, empty, zero, np.zeros_like(empty))
+    ratio = heads // kv_heads
+    exact = q.astype(float)
+    spread = [np.repeat(x, ratio, axis=1) for x in (tokens.k, tokens.k_terms)]
+    scores = np.einsum("shd,thd->hst", exact, spread[0]) * softmax_scale  # (Hq, Sq, L)
+    terms = np.einsum("shd,thd->hst", np.abs(exact), spread[1]) * abs(softmax_scale)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = np.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    lse = (np.log(total) + top)[..., 0]
+    weights /= total
+    v, v_terms = (np.repeat(x, ratio, axis=1) for x in (tokens.v, tokens.v_terms))
+    out = np.einsum("hst,thd->shd", weights, v)
+    magnitude = np.einsum("hst,thd->shd", weights, v_terms)
+
+    score_error = (channels + 16) * EPSILON * terms + 4 * EPSILON * np.abs(scores - top)
+    # Only weights that matter: an error of a score counts as much as its weight does.
+    worst = np.einsum("hst,hst->hs", weights, score_error)
+    by_token = np.einsum("hst,thd->shd", weights * score_error, v_terms)
+    sums = (length + 32) * EPSILON
+    out_budget = by_token + (worst.T[..., None] + 2 * sums) * magnitude
+    lse_budget = worst + sums + 4 * EPSILON * np.abs(lse)
+    return Attention(out, lse, 1.1 * out_budget, 1.1 * lse_budget)  # second order: a tenth

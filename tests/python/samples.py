@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formats and values that tests draw from."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bitdecoding import KvFormat
+
+Floats32 = npt.NDArray[np.float32]
+
+
+def legal_formats() -> list[KvFormat]:
+    """Every format that KvFormat accepts."""
+    formats = []
+    for k_bits, v_bits, axis, k_group, v_group, page, channels, norm in itertools.product(
+        (2, 4), (2, 4), ("channel", "token"), (32, 64, 128), (32, 64, 128), (64, 128), (64, 128),
+        (False, True),
+    ):  # fmt: skip
+        if v_group > channels or k_group > (page if axis == "channel" else channels):
+            continue
+        formats.append(
+            KvFormat(
+                k_bits=k_bits,
+                v_bits=v_bits,
+                k_axis=axis,
+                k_group=k_group,
+                v_group=v_group,
+                page_tokens=page,
+                head_dim=channels,
+                token_norm=norm,
+            )
+        )
+    return formats
+
+
+# A few that differ in everything, for tests with many cases of their own.
+FORMATS = [
+    KvFormat.parse(name)
+    for name in (
+        "k4v4_c128_v128_p128_d128",
+        "k4v2_c64_v64_p128_d64",
+        "k2v2_c32_v32_p64_d128",
+        "k2v4_t32_v64_p64_d64",
+        "k4v4_t128_v128_p128_d128",
+        "k2v2_c32_v32_p128_d64_norm",
+    )
+]
+
+FAMILIES = ("normal", "outliers", "constant", "huge", "beyond_fp16", "inf", "nan", "tiny")
+
+
+def family(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Floats32:
+    """Keys or values (..., S, H, D) of one kind, as float32."""
+    x: npt.NDArray[Any] = rng.standard_normal(shape)
+    if name == "outliers":  # channels 100 times as wide as the rest, and channels far from 0
+        wide = rng.choice(shape[-1], shape[-1] // 16, replace=False)
+        x[..., wide] *= 100
+        x[..., rng.integers(shape[-1])] += 40
+    elif name == "constant":
+        x[...] = 0.7
+        x[..., ::3] = -0.0
+    elif name == "huge":
+        x = np.clip(6e4 + 3000 * x, -65504, 65504) * np.where(x < 0, -1, 1)
+    elif name == "beyond_fp16":
+        x = x * 1e6
+    elif name in ("inf", "nan"):
+        hit = rng.random(shape) < 1 / 400
+        x = np.where(hit, np.inf if name == "inf" else np.nan, x) * np.where(x < 0, -1, 1)
+    elif name == "tiny":  # fp16 subnormals
+        x = x * 3e-7
+    return x.astype(np.float32)
+
+
+def mixed(batch: int, tokens: int, heads: int, channels: int, rng: np.random.Generator) -> Floats32:
+    """(B, S, H, D) in which every row is of another family."""
+    shape = (tokens, heads, channels)
+    return np.stack([family(FAMILIES[b % len(FAMILIES)], shape, rng) for b in range(batch)])
