@@ -3,6 +3,7 @@
 #include "arrays.hpp"
 
 #include <climits>
+#include <iterator>
 #include <stdexcept>
 
 namespace bitdecoding::python {
@@ -15,17 +16,13 @@ constexpr Dtype kFloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float
 constexpr Dtype kBfloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
 
 std::string dtype_name(Dtype dtype) {
-  const char* kind = "dtype code ";
-  switch (static_cast<nb::dlpack::dtype_code>(dtype.code)) {
-    case nb::dlpack::dtype_code::Int: kind = "int"; break;
-    case nb::dlpack::dtype_code::UInt: kind = "uint"; break;
-    case nb::dlpack::dtype_code::Float: kind = "float"; break;
-    case nb::dlpack::dtype_code::Bfloat: kind = "bfloat"; break;
-    case nb::dlpack::dtype_code::Complex: kind = "complex"; break;
-    case nb::dlpack::dtype_code::Bool: return "bool";
-    default: return join(kind, int{dtype.code}, " of ", int{dtype.bits}, " bits");
+  constexpr const char* kKinds[] = {"int", "uint", "float", nullptr, "bfloat", "complex"};
+  if (dtype == nb::dtype<bool>()) return "bool";
+  const char* kind = dtype.code < std::size(kKinds) ? kKinds[dtype.code] : nullptr;
+  if (kind == nullptr || dtype.lanes != 1) {
+    return join("DLPack code ", int{dtype.code}, ", ", int{dtype.bits}, " bits");
   }
-  return join(kind, int{dtype.bits}, dtype.lanes == 1 ? "" : " vectors");
+  return join(kind, int{dtype.bits});
 }
 
 template <class Value>  // (mode) -> something printable
@@ -61,9 +58,11 @@ nb::ndarray<nb::ro> import_array(nb::handle object, const char* name, Access acc
 Device import_device(const nb::ndarray<nb::ro>& array, const char* name) {
   switch (array.device_type()) {
     case nb::device::cpu::value:
-    case nb::device::cuda_host::value: return {};
+    case nb::device::cuda_host::value:
+      return {};
     case nb::device::cuda::value:
-    case nb::device::cuda_managed::value: return {true, array.device_id()};
+    case nb::device::cuda_managed::value:
+      return {true, array.device_id()};
     default:
       refuse_value(name, ": device = DLPack type ", array.device_type(), "; allowed: cpu, cuda");
   }
@@ -81,12 +80,15 @@ TokenRows token_rows(const Array& array) {
 
 void throw_if_error(const Status& status) {
   switch (status.code()) {
-    case StatusCode::ok: return;
-    case StatusCode::invalid_argument: throw nb::value_error(status.text().c_str());
+    case StatusCode::ok:
+      return;
+    case StatusCode::invalid_argument:
+      throw nb::value_error(status.text().c_str());
     case StatusCode::unsupported:
       PyErr_SetString(PyExc_NotImplementedError, status.text().c_str());
       throw nb::python_error();
-    case StatusCode::cuda_error: break;
+    case StatusCode::cuda_error:
+      break;
   }
   throw std::runtime_error(status.text());
 }
@@ -96,7 +98,9 @@ std::string device_name(const Device& device) {
 }
 
 Array::Array(nb::handle object, const char* name, Access access)
-    : name_(name), array_(import_array(object, name, access)), device_(import_device(array_, name)) {
+    : name_(name),
+      array_(import_array(object, name, access)),
+      device_(import_device(array_, name)) {
   if (array_.itemsize() > 0) expect_address(array_.itemsize());
 }
 
@@ -150,8 +154,8 @@ const Array& Array::expect_unit_stride() const {
 
 const Array& Array::expect_on(const Array& other) const {
   if (!(device_ == other.device_)) {
-    refuse_value(name_, ": device = ", device_name(device_), "; allowed: ",
-                 device_name(other.device_), ", where ", other.name_, " is");
+    refuse_value(name_, ": device = ", device_name(device_),
+                 "; allowed: ", device_name(other.device_), ", where ", other.name_, " is");
   }
   return *this;
 }

@@ -29,7 +29,8 @@ void run(const Work& work) {
 }  // namespace
 
 nb::tuple sequence_extents(const KvFormat& format, int keep_last, int max_tokens) {
-  const int pages = packed_tokens(max_tokens, keep_last, format.page_tokens, 0) / format.page_tokens;
+  const int pages =
+      packed_tokens(max_tokens, keep_last, format.page_tokens, 0) / format.page_tokens;
   return nb::make_tuple(pages, min_tail_tokens(keep_last, format.page_tokens, 1));
 }
 
@@ -111,8 +112,8 @@ void CacheArrays::decode(nb::handle q, nb::handle out, nb::handle lse, double so
                         .q_head_stride = queries.stride(2)};
   const Array output(out, "out", Access::write);
   output.expect_same_dtype(queries).expect_shape(
-      "q's shape", {cache_.batch, problem.query_tokens, problem.query_heads,
-                    cache_.format.head_dim});
+      "q's shape",
+      {cache_.batch, problem.query_tokens, problem.query_heads, cache_.format.head_dim});
   output.expect_contiguous().expect_on(queries);
   problem.out = output.writable<void>();
   std::optional<Array> log_sums;

@@ -24,8 +24,8 @@ class CacheArrays {
   // Tokens that a sequence can hold before it needs more columns than the block table has.
   int capacity_tokens() const;
   // Refuses tokens that would make a sequence longer than max_tokens before anything is written.
-  void append(nb::handle k, nb::handle v, nb::handle leftpad, nb::handle num_tokens,
-              int max_tokens, int threads);
+  void append(nb::handle k, nb::handle v, nb::handle leftpad, nb::handle num_tokens, int max_tokens,
+              int threads);
   void decode(nb::handle q, nb::handle out, nb::handle lse, double softmax_scale, int threads);
   void check() const;
 

@@ -39,7 +39,8 @@ std::string repr(const KvFormat& format) { return "KvFormat.parse('" + name(form
 
 // Unpickled as methodcaller('parse', name)(KvFormat): a bound static method can't be pickled.
 nb::tuple reduce(const KvFormat& format) {
-  const nb::object call = nb::module_::import_("operator").attr("methodcaller")("parse", name(format));
+  const nb::object call =
+      nb::module_::import_("operator").attr("methodcaller")("parse", name(format));
   return nb::make_tuple(call, nb::make_tuple(nb::type<KvFormat>()));
 }
 

@@ -19,8 +19,9 @@ using nb::literals::operator""_a;
 
 void bind_kv_format(nb::module_& module) {
   const KvFormat defaults;
-  nb::class_<KvFormat>(module, "KvFormat", nb::is_final(),
-                       R"(What the codes of a packed KV cache mean, as one immutable, hashable value.
+  nb::class_<KvFormat>(
+      module, "KvFormat", nb::is_final(),
+      R"(What the codes of a packed KV cache mean, as one immutable, hashable value.
 
 Everything about a page (size, offsets, kernels) is a function of it; docs/format.md specifies the
 bytes. A value is coded as code * scale + zero, with one fp16 scale and zero-point per group.
@@ -70,17 +71,19 @@ void bind_cache_arrays(nb::module_& module) {
                           "The checked arrays of a PagedKvCache and its compiled operations.")
       .def(nb::init<const KvFormat&, int, int, nb::handle, nb::handle, nb::handle, nb::handle,
                     nb::handle, nb::handle>(),
-           "format"_a, nb::kw_only(), "keep_first"_a, "keep_last"_a, "pool"_a.none(), "side"_a.none(),
-           "block_table"_a.none(), "slots"_a.none(), "lengths"_a.none(), "packed"_a.none())
+           "format"_a, nb::kw_only(), "keep_first"_a, "keep_last"_a, "pool"_a.none(),
+           "side"_a.none(), "block_table"_a.none(), "slots"_a.none(), "lengths"_a.none(),
+           "packed"_a.none())
       .def_prop_ro("capacity_tokens", &CacheArrays::capacity_tokens)
-      .def("append", &CacheArrays::append, "k"_a.none(), "v"_a.none(), nb::kw_only(), "leftpad"_a.none(),
-           "num_tokens"_a.none(), "max_tokens"_a, "threads"_a)
-      .def("decode", &CacheArrays::decode, "q"_a.none(), "out"_a.none(), nb::kw_only(), "lse"_a.none(),
-           "softmax_scale"_a, "threads"_a)
+      .def("append", &CacheArrays::append, "k"_a.none(), "v"_a.none(), nb::kw_only(),
+           "leftpad"_a.none(), "num_tokens"_a.none(), "max_tokens"_a, "threads"_a)
+      .def("decode", &CacheArrays::decode, "q"_a.none(), "out"_a.none(), nb::kw_only(),
+           "lse"_a.none(), "softmax_scale"_a, "threads"_a)
       .def("check", &CacheArrays::check);
   module.def("sequence_extents", &sequence_extents, "format"_a, nb::kw_only(), "keep_last"_a,
-             "max_tokens"_a, nb::sig("def sequence_extents(format: KvFormat, *, keep_last: int, "
-                                     "max_tokens: int) -> tuple[int, int]"),
+             "max_tokens"_a,
+             nb::sig("def sequence_extents(format: KvFormat, *, keep_last: int, "
+                     "max_tokens: int) -> tuple[int, int]"),
              "Pages, and rows of the tail ring, that a sequence of up to max_tokens tokens needs.");
 }
 
@@ -93,10 +96,12 @@ NB_MODULE(_ext, module) {
   module.doc() = "The compiled part of bitdecoding: formats, cache operations, facts of the build.";
   bind_kv_format(module);
   bind_cache_arrays(module);
-  module.def("pack_arrays", &pack_arrays, "k"_a.none(), "v"_a.none(), "pool"_a.none(), "block_table"_a.none(), nb::kw_only(),
-             "format"_a, "keep_first"_a, "first_page"_a.none(), "leftpad"_a.none(),
-             "num_tokens"_a.none(), "threads"_a, "stream"_a.none(), "error_word"_a.none(),
-             "bitdecoding.pack_pages, on a stream and with an error word that the caller supplies.");
+  module.def(
+      "pack_arrays", &pack_arrays, "k"_a.none(), "v"_a.none(), "pool"_a.none(),
+      "block_table"_a.none(), nb::kw_only(), "format"_a, "keep_first"_a, "first_page"_a.none(),
+      "leftpad"_a.none(), "num_tokens"_a.none(), "threads"_a, "stream"_a.none(),
+      "error_word"_a.none(),
+      "bitdecoding.pack_pages, on a stream and with an error word that the caller supplies.");
   module.def("build_info", &build_facts, nb::sig("def build_info() -> dict[str, typing.Any]"),
              R"(Where this build comes from and what it holds.
 

@@ -10,7 +10,7 @@ from bitdecoding.arrays import Array, count, torch_of
 _PACK_ERRORS = {
     1: ("leftpad, num_tokens", "runs inside a row's {limit} tokens"),
     2: ("first_page", "pages inside the {limit} columns of block_table"),
-    3: ("block_table", "page ids 0 to {limit} - 1"),
+    3: ("block_table", "page ids from 0, below {limit}"),
 }
 
 
