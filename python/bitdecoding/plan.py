@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory a cache takes: the bytes that PagedKvCache and LowBitCache allocate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitdecoding import KvFormat
+from bitdecoding._ext import sequence_extents
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model decides the size of its cache."""
+
+    layers: int
+    heads_kv: int
+    head_dim: int
+
+
+def sixteen_bit_bytes(shape: ModelShape, tokens: int) -> int:
+    """Bytes of one sequence's K and V in 16 bits."""
+    return shape.layers * shape.heads_kv * shape.head_dim * 2 * 2 * tokens
+
+
+def sequence_bytes(
+    shape: ModelShape, format: KvFormat, tokens: int, *, keep_first: int = 16, keep_last: int = 64
+) -> int:
+    """Bytes allocated for one sequence of at most ``tokens`` tokens: pages, the two 16-bit zones
+    (first and newest tokens) and its entries in the tables."""
+    pages, tail = sequence_extents(format, keep_last=keep_last, max_tokens=tokens)
+    side = 2 * (keep_first + tail) * shape.head_dim * 2  # K and V, fp16
+    tables = 4 * (pages + 3)  # int32: block table, slot, length, packed
+    return shape.layers * (shape.heads_kv * (pages * format.page_bytes() + side) + tables)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console script: what info and plan print, exit codes, and work without rich or torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from bitdecoding import __version__, build_info
+from bitdecoding.cli import main
+from bitdecoding.plan import ModelShape, sequence_bytes
+from bitdecoding.recipes import RECIPES, resolve_format
+
+PLAN = ["plan", "--layers", "32", "--heads-kv", "8", "--head-dim", "128"]
+
+
+@pytest.fixture(params=["with rich", "without rich"])
+def rich(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "without rich":
+        hide(monkeypatch, "rich", "torch")
+    else:
+        pytest.importorskip("rich")
+        monkeypatch.setenv("COLUMNS", "200")
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    find = importlib.util.find_spec
+
+    def find_others(name: str, package: str | None = None) -> Any:
+        return None if name in names else find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_others)
+
+
+@pytest.mark.usefixtures("rich")
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert __version__ in out
+    assert build_info()["compiler"] in out
+    for name in RECIPES:
+        assert str(resolve_format(name, 64)) in out
+    for kernel in build_info()["kernels"] or ["none (CPU only)"]:
+        assert kernel in out
+
+
+@pytest.mark.usefixtures("rich")
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PLAN, "--context", "8192", "--memory", "40"]) == 0
+    out = capsys.readouterr().out
+    size = sequence_bytes(ModelShape(32, 8, 128), resolve_format("int4", 128), 8192)
+    (row,) = [line.split() for line in out.splitlines() if "k4v4_c128_v128_p128_d128" in line]
+    bits, megabytes, tokens_per_gb, ratio, sequences = row[-5:]
+    assert bits == "4.25"
+    assert megabytes == f"{size / 1e6:.1f}"
+    assert tokens_per_gb == f"{8192 * 10**9 // size:,}"
+    assert ratio == f"{131072 * 8192 / size:.2f}x"
+    assert sequences == str(40 * 10**9 // size)
+
+
+def test_plan_of_chosen_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PLAN, "--format", "int2", "--format", "k4v4_t64_v64_p64_d128"]) == 0
+    out = capsys.readouterr().out
+    assert "k2v2_c32_v32_p128_d128" in out
+    assert "k4v4_t64_v64_p64_d128" in out
+    assert "k4v4_c128" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*PLAN[:-1], "96"], "head_dim = 96"),
+        ([*PLAN, "--format", "int3"], "int3"),
+    ],
+)
+def test_bad_values_exit_with_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bitdecoding plan: ")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["plan"], ["demo", "--steps", "0"], ["sing"], [*PLAN, "--keep-last=-1"]]
+)
+def test_bad_usage_exits_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+
+
+def test_demo_names_the_missing_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hide(monkeypatch, "torch", "gguf")
+    assert main(["demo"]) == 2
+    error = capsys.readouterr().err
+    assert "torch, gguf" in error
+    assert "bitdecoding[demo]" in error
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = "import bitdecoding.cli, sys; print([m for m in ('torch', 'rich') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

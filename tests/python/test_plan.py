@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planned bytes are those that a cache allocates."""
+
+from __future__ import annotations
+
+import pytest
+
+from bitdecoding import KvFormat, PagedKvCache
+from bitdecoding.plan import ModelShape, sequence_bytes, sixteen_bit_bytes
+from bitdecoding.recipes import RECIPES, resolve_format
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("tokens", [1, 64, 65, 1000, 4096])
+@pytest.mark.parametrize("zones", [(0, 0), (16, 64), (128, 200)])
+def test_planned_bytes_are_allocated(
+    recipe: str, head_dim: int, tokens: int, zones: tuple[int, int]
+) -> None:
+    keep_first, keep_last = zones
+    format = resolve_format(recipe, head_dim)
+    shape = ModelShape(layers=3, heads_kv=2, head_dim=head_dim)
+    cache = PagedKvCache(
+        format,
+        batch=1,
+        num_kv_heads=2,
+        max_tokens=tokens,
+        keep_first=keep_first,
+        keep_last=keep_last,
+    )
+    planned = sequence_bytes(shape, format, tokens, keep_first=keep_first, keep_last=keep_last)
+    assert planned == 3 * cache.nbytes
+
+
+def test_sixteen_bit_bytes() -> None:
+    assert sixteen_bit_bytes(ModelShape(layers=32, heads_kv=8, head_dim=128), 1) == 131072
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("int4", "k4v4_c128_v64_p128_d64"),
+        ("k4v2", "k4v2_c128_v32_p128_d64"),
+        ("int2", "k2v2_c32_v32_p128_d64"),
+        ("k4v4_t32_v32_p64_d64", "k4v4_t32_v32_p64_d64"),
+        (KvFormat(head_dim=64, v_group=64), "k4v4_c128_v64_p128_d64"),
+    ],
+)
+def test_resolve_format(recipe: KvFormat | str, name: str) -> None:
+    assert str(resolve_format(recipe, 64)) == name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [("int3", "int4, k4v2, int2"), ("k4v4_c128_v128_p128_d128", "this model has 64")],
+)
+def test_formats_that_do_not_fit(recipe: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_format(recipe, 64)
