@@ -28,7 +28,7 @@ struct CudaExecution {
 // CPU: page ids, lengths and slots are checked before anything is written.
 Status pack_pages(const PackProblem& problem, const CpuExecution& execution);
 Status append_tokens(const AppendProblem& problem, const CpuExecution& execution);
-Status decode(const DecodeProblem& problem, const CpuExecution& execution);
+Status decode_attention(const DecodeProblem& problem, const CpuExecution& execution);
 
 // CUDA: enqueued on the stream; k and v must be fp16 or bf16.
 Status pack_pages(const PackProblem& problem, const CudaExecution& execution);

@@ -127,7 +127,7 @@ void CacheArrays::decode(nb::handle q, nb::handle out, nb::handle lse, double so
   }
   expect_cpu("decode");
   const CpuExecution execution{.threads = checked_threads(threads)};
-  run([&] { return bitdecoding::decode(problem, execution); });
+  run([&] { return bitdecoding::decode_attention(problem, execution); });
 }
 
 void CacheArrays::check() const {

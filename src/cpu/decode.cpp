@@ -218,7 +218,7 @@ void merge_all(const DecodeProblem& p, const Rows& rows, const std::vector<Item>
 
 }  // namespace
 
-Status decode(const DecodeProblem& problem, const CpuExecution& execution) {
+Status decode_attention(const DecodeProblem& problem, const CpuExecution& execution) {
   if (Status status = validate(problem); !status.is_ok()) return status;
   if (Status status = check_state(problem.cache); !status.is_ok()) return status;
   const KvFormat& f = problem.cache.format;

@@ -35,7 +35,7 @@ int main() {
 
   std::vector<float> q(kQueryHeads * format.head_dim, 0.1f), out(q.size());  // (1, 1, Hq, D)
   if (status.is_ok()) {
-    status = decode({.cache = cache, .query_heads = kQueryHeads, .softmax_scale = 0.09f,
+    status = decode_attention({.cache = cache, .query_heads = kQueryHeads, .softmax_scale = 0.09f,
                      .type = ElementType::f32, .q = q.data(), .q_token_stride = std::ssize(q),
                      .q_head_stride = format.head_dim, .out = out.data()}, CpuExecution{});
   }

@@ -101,7 +101,7 @@ std::vector<Case> bad_states() {
 }
 
 TEST_CASE("decode refuses") {
-  const auto run = [](Calls& c) { return decode(c.decode, CpuExecution{2}); };
+  const auto run = [](Calls& c) { return decode_attention(c.decode, CpuExecution{2}); };
   check_refused(bad_states(), run);
   check_refused(
       {

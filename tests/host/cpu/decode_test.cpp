@@ -89,7 +89,7 @@ void append_random(CacheBox& box, const std::vector<int>& lengths, unsigned seed
 // Runs the problem and holds every output against the oracle.
 void check_decode(CacheBox& box, Queries& queries, int threads = 0) {
   const DecodeProblem& p = queries.problem;
-  const Status status = decode(p, CpuExecution{threads});
+  const Status status = decode_attention(p, CpuExecution{threads});
   REQUIRE_MESSAGE(status.is_ok(), status.text());
   const int group = p.query_heads / p.cache.num_kv_heads, d = p.cache.format.head_dim;
   std::vector<float> q(static_cast<std::size_t>(d));
@@ -190,9 +190,9 @@ TEST_CASE("thread counts give the same bits") {
     CacheBox box(format, {2, 4, 4096}, 7);
     append_random(box, {3000, 700}, 7);
     Queries one(box, {2, 4}, 7), two(box, {2, 4}, 7), five(box, {2, 4}, 7);
-    REQUIRE(decode(one.problem, CpuExecution{1}).is_ok());
-    REQUIRE(decode(two.problem, CpuExecution{2}).is_ok());
-    REQUIRE(decode(five.problem, CpuExecution{5}).is_ok());
+    REQUIRE(decode_attention(one.problem, CpuExecution{1}).is_ok());
+    REQUIRE(decode_attention(two.problem, CpuExecution{2}).is_ok());
+    REQUIRE(decode_attention(five.problem, CpuExecution{5}).is_ok());
     CHECK(one.out == two.out);
     CHECK(one.out == five.out);
     CHECK(one.lse == two.lse);
@@ -209,7 +209,7 @@ TEST_CASE("a NaN key spoils its head and no other") {
   const AppendProblem append{box.view(), k.rows(), v.rows(), {1, 256, nullptr, nullptr}};
   REQUIRE(append_tokens(append, CpuExecution{}).is_ok());
   Queries queries(box, {1, 2}, 9);
-  REQUIRE(decode(queries.problem, CpuExecution{}).is_ok());
+  REQUIRE(decode_attention(queries.problem, CpuExecution{}).is_ok());
   for (std::size_t i = 0; i < 6 * 128; ++i) {
     const bool spoilt = i / 256 == 1;
     REQUIRE(std::isnan(queries.output(i)) == spoilt);
@@ -221,7 +221,7 @@ TEST_CASE("nothing to attend and nothing to ask") {
   Queries queries(box, {1, 2}, 3);
   check_decode(box, queries);  // two empty sequences: 0 and -inf
   queries.problem.query_tokens = 0;
-  CHECK(decode(queries.problem, CpuExecution{}).is_ok());
+  CHECK(decode_attention(queries.problem, CpuExecution{}).is_ok());
 }
 
 }  // namespace
