@@ -9,6 +9,7 @@ struct my_pack {
 };
 
 int main() {
-  const bitdecoding::PackProblem problem{.format = {.k_bits = 4, .v_bits = 2}, .num_kv_heads = 8};
+  bitdecoding::PackProblem problem;
+  problem.format.v_bits = 2;
   return bitdecoding::quantize::launch_pack<my_pack>(problem, nullptr, nullptr) != cudaSuccess;
 }
