@@ -29,7 +29,8 @@ bytes. A value is coded as code * scale + zero, with one fp16 scale and zero-poi
 Parameters
 ----------
 k_bits, v_bits : bits per code of K and of V: 2 or 4
-k_axis : 'channel' (a K group is k_group tokens of one channel) or 'token' (k_group channels of one token)
+k_axis : what shares a K scale: 'channel', k_group tokens of one channel, or 'token', k_group
+    channels of one token
 k_group : 32, 64 or 128, at most page_tokens (channel axis) or head_dim (token axis)
 v_group : channels of one token that share a V scale: 32, 64 or 128, at most head_dim
 page_tokens : tokens of a page: 64 or 128

@@ -407,12 +407,16 @@ class Attention:
 EPSILON = 2.0**-24  # half a unit in the last place of float32
 
 
+def rounding(operations: int) -> float:
+    return 4 * float(np.sqrt(operations)) * EPSILON
+
+
 def attention(q: Floats, tokens: Attended, softmax_scale: float) -> Attention:
     """q (Sq, Hq, D) over the tokens of one sequence.
 
-    The budget is that of plain float32 sums: a dot product of n terms is within (n + c) * EPSILON
-    of the sum of its terms' magnitudes. A score that is off by d changes its weight by the factor
-    exp(d), all weights together by at most 2d; sums over L tokens add (L + c) * EPSILON.
+    The budget is that of float32 sums whose rounding errors are independent: n of them move a sum
+    by at most 4 sqrt(n) EPSILON times its terms' magnitudes, but for one sum in 3000 of the worst
+    kind (Higham and Mary, 2019). A score that is off by d changes its weight by the factor exp(d).
     """
     queries, heads, channels = q.shape
     length, kv_heads, _ = tokens.k.shape
@@ -434,11 +438,11 @@ def attention(q: Floats, tokens: Attended, softmax_scale: float) -> Attention:
     out = np.einsum("hst,thd->shd", weights, v)
     magnitude = np.einsum("hst,thd->shd", weights, v_terms)
 
-    score_error = (channels + 16) * EPSILON * terms + 4 * EPSILON * np.abs(scores - top)
+    score_error = rounding(channels + 16) * terms + 4 * EPSILON * np.abs(scores - top)
     # Only weights that matter: an error of a score counts as much as its weight does.
     worst = np.einsum("hst,hst->hs", weights, score_error)
     by_token = np.einsum("hst,thd->shd", weights * score_error, v_terms)
-    sums = (length + 32) * EPSILON
+    sums = rounding(length + 32)
     out_budget = by_token + (worst.T[..., None] + 2 * sums) * magnitude
     lse_budget = worst + sums + 4 * EPSILON * np.abs(lse)
     return Attention(out, lse, 1.1 * out_budget, 1.1 * lse_budget)  # second order: a tenth

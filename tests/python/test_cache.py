@@ -155,7 +155,7 @@ def test_check_names_what_is_wrong(array: str, place: Any, value: int, wrong: st
     assert contents(cache) == before
 
 
-def test_cuda_without_torch_or_kernels_is_named(torch: Any) -> None:
+def test_device_names(torch: Any) -> None:
     arguments: dict[str, Any] = {"batch": 1, "num_kv_heads": 1, "max_tokens": 1}
     with pytest.raises(ValueError, match="device = 'tpu'; allowed: 'cpu', 'cuda'"):
         PagedKvCache("k4v4_c128_v128_p128_d128", **arguments, device="tpu")

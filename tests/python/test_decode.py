@@ -189,13 +189,17 @@ def test_large_scores_do_not_overflow(rng: np.random.Generator) -> None:
         assert_attends(cache, q, out, lse, softmax_scale=scale)
 
 
-def test_one_page_byte_matters(rng: np.random.Generator) -> None:
-    f = FORMATS[0]
-    cache = filled_cache(f, [300], heads=1, keep_first=16, keep_last=64, rng=rng)
+@pytest.mark.parametrize("section", ["k_groups", "k_codes", "v_codes", "v_parameters"])
+def test_one_wrong_bit_exceeds_the_budget(section: str, rng: np.random.Generator) -> None:
+    f = FORMATS[2]
+    cache = filled_cache(f, [300], heads=1, keep_first=0, keep_last=64, rng=rng)
     q = rng.standard_normal((1, 1, 1, f.head_dim)).astype(np.float32)
-    before = cache.decode(q)
-    cache.pool[cache.block_table[0, 0], 0, oracle.chunks(f)[1].v_codes + 9] ^= 0x55
-    assert not np.array_equal(before, cache.decode(q))
+    out = cache.decode(q)
+    byte = getattr(oracle.chunks(f)[0], section) + 1  # of a scale: its exponent
+    cache.pool[cache.block_table[0, 0], 0, byte] ^= 4
+    with pytest.raises(pytest.fail.Exception, match="outside the budget"):
+        assert_attends(cache, q, out)
+    assert_attends(cache, q, cache.decode(q))
 
 
 def test_no_queries_and_no_sequences() -> None:
