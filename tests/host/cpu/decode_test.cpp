@@ -167,9 +167,13 @@ TEST_CASE("zones and every boundary of lengths") {
                            zones.last + 128, zones.last + 256, zones.last + 512 + 128}) {
       for (const int length : {edge - 1, edge, edge + 1}) lengths.insert(std::max(0, length));
     }
-    const std::vector<int> all(lengths.begin(), lengths.end());
     for (const KvFormat& format : formats) {
       ++seed;
+      std::vector<int> all;  // every other one: eight formats see each
+      unsigned turn = seed;
+      for (const int length : lengths) {
+        if (++turn % 2 == 0) all.push_back(length);
+      }
       CacheBox box(format, {static_cast<int>(all.size()), 1, 1024, zones.first, zones.last}, seed);
       append_random(box, all, seed);
       Queries queries(box, {1, 1 + static_cast<int>(seed % 3)}, seed);

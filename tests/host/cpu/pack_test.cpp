@@ -21,7 +21,7 @@ using namespace test;
 struct PackBox {
   PackBox(const KvFormat& format, ElementType type, int keep_first, unsigned seed)
       : box(format, {2, kHeads, 4 * format.page_tokens, keep_first, 0}, seed),
-        tokens(3 * format.page_tokens + 7),
+        tokens(2 * format.page_tokens + 7),
         k(type, 2, tokens, kHeads, format.head_dim, seed % 2 == 0),
         v(type, 2, tokens, kHeads, format.head_dim, seed % 2 == 1) {
     const PagedKvCache c = box.view();
@@ -37,7 +37,7 @@ struct PackBox {
     problem.max_pages = c.max_pages;
     problem.first_page = first_page;
     leftpad[1] = 5;
-    num_tokens[0] = 3 * format.page_tokens + 1;
+    num_tokens[0] = 2 * format.page_tokens + 1;
     num_tokens[1] = format.page_tokens;
   }
 
