@@ -49,7 +49,7 @@ BITDECODING_INLINE void for_row_pieces(int rows, const Piece& piece) {
   }
 }
 
-// Transposes the words of a unit's 32 lanes: out[t * UnitWords + word] holds those of g = 0..7.
+// Transposes the words of a unit's 32 lanes: out[4 * word + t] holds those of g = 0..7.
 template <int UnitWords>
 BITDECODING_INLINE void gather_words(const std::uint8_t* unit, UInt8* out) {
   constexpr int kGroup_bytes = 4 * UnitWords * 4;  // lanes 4g .. 4g + 3
@@ -58,7 +58,10 @@ BITDECODING_INLINE void gather_words(const std::uint8_t* unit, UInt8* out) {
     UInt8 columns[8];
     for (int g = 0; g < 8; ++g) load(unit + g * kGroup_bytes + half * 32, rows[g]);
     transpose(rows, columns);
-    for (int i = 0; i < 8; ++i) out[half * 8 + i] = columns[i];
+    for (int i = 0; i < 8; ++i) {
+      const int in_group = half * 8 + i;  // t * UnitWords + word
+      out[in_group % UnitWords * 4 + in_group / UnitWords] = columns[i];
+    }
   }
 }
 
@@ -77,7 +80,7 @@ BITDECODING_INLINE void score_block(const UInt8* words, int first_word, int end_
   for (int r = 0; r < Rows; ++r) sums[0][r] = sums[1][r] = Float8{} + bias[r];
   for (int t = 0; t < 4; ++t) {
     for (int word = first_word; word < end_word; ++word) {
-      const UInt8& packed = words[(word / W::k_unit * 4 + t) * W::k_unit + word % W::k_unit];
+      const UInt8& packed = words[4 * word + t];
       const float* q_word = q + t * (HeadDim / 4) + word * 2 * W::fields;
       for (int h = 0; h < 2; ++h) {
         for (int f = 0; f < W::fields; ++f) {
@@ -127,7 +130,7 @@ BITDECODING_INLINE void add_fields(const UInt8* words, int word_in_part, int fie
   for (int block = 0; block < kChunkBlocks; ++block) {
     const int nth = block * W::in_part + word_in_part;
     for (int t = 0; t < 4; ++t) {
-      const UInt8& packed = words[(nth / 4 * 4 + t) * 4 + nth % 4];
+      const UInt8& packed = words[4 * nth + t];
       for (int byte = 0; byte < 4; ++byte) {
         const int token = kBlockTokens * block + 2 * t + byte / 2 + 8 * (byte % 2);
         Float8 codes[2];
