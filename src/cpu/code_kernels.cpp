@@ -13,7 +13,11 @@ constexpr int kLanes = 32;
 constexpr int kBlockTokens = 16;
 constexpr int kChunkBlocks = kChunkTokens / kBlockTokens;
 constexpr int kMaxHeadDim = 128;
-constexpr int kRegisterRows = 4;  // 8 accumulators of 16 registers: enough to hide the latency
+
+// Four rows and two vectors make eight sums, as many as two multiply-adds per cycle of latency four
+// keep busy, in half of AVX2's registers. Fewer rows sum odd and even steps apart.
+constexpr int kRegisterRows = 4;
+constexpr int chains(int rows) { return rows < kRegisterRows ? 2 : 1; }
 
 // Words of a lane: K keeps a block's together in units of up to four, V those of a part.
 template <int Bits, int HeadDim>
@@ -76,8 +80,8 @@ template <int Bits, int HeadDim, int Rows>
 BITDECODING_INLINE void score_block(const UInt8* words, int first_word, int end_word,
                                     const float* q, const float* bias, float* scores) {
   using W = Words<Bits, HeadDim>;
-  Float8 sums[2][Rows];
-  for (int r = 0; r < Rows; ++r) sums[0][r] = sums[1][r] = Float8{} + bias[r];
+  Float8 sums[chains(Rows)][2][Rows] = {};
+  for (int r = 0; r < Rows; ++r) sums[0][0][r] = sums[0][1][r] = Float8{} + bias[r];
   for (int t = 0; t < 4; ++t) {
     for (int word = first_word; word < end_word; ++word) {
       const UInt8& packed = words[4 * word + t];
@@ -88,14 +92,17 @@ BITDECODING_INLINE void score_block(const UInt8* words, int first_word, int end_
           for (int u = 0; u < 2; ++u) codes_of<Bits>(packed, 2 * h + u, f, codes[u]);
           for (int r = 0; r < Rows; ++r) {
             const float scale = q_word[r * HeadDim + 2 * f + h];
-            for (int u = 0; u < 2; ++u) sums[u][r] += codes[u] * scale;
+            for (int u = 0; u < 2; ++u) sums[h % chains(Rows)][u][r] += codes[u] * scale;
           }
         }
       }
     }
   }
   for (int r = 0; r < Rows; ++r) {
-    for (int u = 0; u < 2; ++u) store(sums[u][r], scores + r * kSegmentTokens + 8 * u);
+    for (int u = 0; u < 2; ++u) {
+      if (chains(Rows) == 2) sums[0][u][r] += sums[chains(Rows) - 1][u][r];
+      store(sums[0][u][r], scores + r * kSegmentTokens + 8 * u);
+    }
   }
 }
 
@@ -123,9 +130,9 @@ template <int Bits, int HeadDim, int Rows>
 BITDECODING_INLINE void add_fields(const UInt8* words, int word_in_part, int field, const float* p,
                                    float* out) {
   using W = Words<Bits, HeadDim>;
-  Float8 sums[2][Rows];
+  Float8 sums[chains(Rows)][2][Rows] = {};
   for (int r = 0; r < Rows; ++r) {
-    for (int f = 0; f < 2; ++f) load(out + r * HeadDim + 8 * f, sums[f][r]);
+    for (int f = 0; f < 2; ++f) load(out + r * HeadDim + 8 * f, sums[0][f][r]);
   }
   for (int block = 0; block < kChunkBlocks; ++block) {
     const int nth = block * W::in_part + word_in_part;
@@ -137,13 +144,16 @@ BITDECODING_INLINE void add_fields(const UInt8* words, int word_in_part, int fie
         for (int f = 0; f < 2; ++f) codes_of<Bits>(packed, byte, field + f, codes[f]);
         for (int r = 0; r < Rows; ++r) {
           const float weight = p[r * kChunkTokens + token];
-          for (int f = 0; f < 2; ++f) sums[f][r] += codes[f] * weight;
+          for (int f = 0; f < 2; ++f) sums[byte % chains(Rows)][f][r] += codes[f] * weight;
         }
       }
     }
   }
   for (int r = 0; r < Rows; ++r) {
-    for (int f = 0; f < 2; ++f) store(sums[f][r], out + r * HeadDim + 8 * f);
+    for (int f = 0; f < 2; ++f) {
+      if (chains(Rows) == 2) sums[0][f][r] += sums[chains(Rows) - 1][f][r];
+      store(sums[0][f][r], out + r * HeadDim + 8 * f);
+    }
   }
 }
 
