@@ -56,7 +56,10 @@ function(bitdecoding_python_package out name)
   set(ask "import sys, importlib.util as u
 try: print(u.find_spec('${name}').submodule_search_locations[0], end='')
 except (ImportError, AttributeError): pass")
-  execute_process(COMMAND "${Python_EXECUTABLE}" -c "${ask}" OUTPUT_VARIABLE dir ERROR_QUIET)
+  set(dir "")
+  if(Python_EXECUTABLE)
+    execute_process(COMMAND "${Python_EXECUTABLE}" -c "${ask}" OUTPUT_VARIABLE dir ERROR_QUIET)
+  endif()
   set(${out} "${dir}" PARENT_SCOPE)
 endfunction()
 

@@ -192,9 +192,9 @@ def test_python_tests_pass_on_the_wheel(environment: Environment, tmp_path: Path
     print(run(environment.python, "-m", "pytest", "-q", cwd=tmp_path, PYTHONPATH=str(target)))
 
 
-def build_consumer(name: str, build: Path, *options: str, **environment: str) -> Path:
+def build_consumer(name: str, build: Path, *options: str) -> Path:
     source = SOURCE / "tests/consumer" / name
-    run("cmake", "-S", source, "-B", build, "-G", "Ninja", *options, **environment)
+    run("cmake", "-S", source, "-B", build, "-G", "Ninja", *options)
     run("cmake", "--build", build)
     return build
 
@@ -209,9 +209,10 @@ def package(request: pytest.FixtureRequest) -> str:
 
 
 def test_library_consumer_needs_no_cute(package: str, tmp_path: Path) -> None:
-    nowhere = str(tmp_path / "nowhere")
-    options = [f"-Dbitdecoding_DIR={package}", "-DCMAKE_DISABLE_FIND_PACKAGE_Python=ON"]
-    build = build_consumer("library", tmp_path, *options, BITDECODING_TOOLCHAIN_DIR=nowhere)
+    nowhere = f"-DBITDECODING_TOOLCHAIN_DIR={tmp_path}/nowhere"
+    no_python = "-DCMAKE_DISABLE_FIND_PACKAGE_Python=ON"
+    options = [f"-Dbitdecoding_DIR={package}", nowhere, no_python]
+    build = build_consumer("library", tmp_path, *options)
     print(run(build / "consumer"))
 
 
@@ -228,7 +229,7 @@ def test_headers_consumer(package: str, tmp_path: Path) -> None:
 def test_headers_consumer_is_told_what_is_missing(package: str, tmp_path: Path) -> None:
     source = SOURCE / "tests/consumer/headers"
     options = [f"-Dbitdecoding_DIR={package}", "-DCUTLASS_INCLUDE_DIR=/nowhere"]
-    command = ["cmake", "-S", source, "-B", tmp_path, "-G", "Ninja", *options]
+    command = ["cmake", "-S", str(source), "-B", str(tmp_path), "-G", "Ninja", *options]
     done = subprocess.run(command, text=True, check=False, capture_output=True)
     assert done.returncode != 0
     assert "CUTLASS_INCLUDE_DIR" in done.stderr

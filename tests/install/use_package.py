@@ -11,7 +11,7 @@ assert "torch" not in sys.modules
 info = bitdecoding.build_info()
 print(info)
 
-kv_format = bitdecoding.KvFormat(k_bits=4, v_bits=4, head_dim=64)
+kv_format = bitdecoding.KvFormat(k_bits=4, v_bits=2, v_group=64, head_dim=64)
 rng = np.random.default_rng(0)
 k = rng.standard_normal((2, 300, 3, 64), dtype=np.float32)
 v = np.full((2, 300, 3, 64), 0.5, np.float32)  # a group of equal values is stored exactly

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A kernel author's view of a page, on a CPU and without the compiled library: writes codes by (token,
-// channel) and finds them again in the words that the lanes of an MMA read.
+// A kernel author's view of a page, on a CPU and without the compiled library: writes codes by
+// (token, channel) and finds them again, also in the words that the lanes of an MMA read.
 #include <bitdecoding/layout/packed_kv_tensor.hpp>
 #include <cstdio>
 #include <vector>
@@ -10,9 +10,9 @@ int main() {
   constexpr KvFormat format{.k_bits = 4, .v_bits = 2, .k_group = 64};
   static_assert(page_bytes(format) % layout::kRecordAlignment_bytes == 0);
 
-  struct alignas(128) Line { std::uint8_t bytes[128]; };
-  std::vector<Line> record(page_bytes(format) / sizeof(Line));
-  const layout::PackedKvPage<layout::page_config(format)> page(layout::PageRecord(format), record.data()->bytes);
+  std::vector<std::uint8_t> bytes(page_bytes(format));
+  using Page = layout::PackedKvPage<layout::page_config(format)>;
+  const Page page(layout::PageRecord(format), bytes.data());
 
   auto k = page.k_codes();  // (N,D)
   auto v = page.v_codes();  // (N,D)

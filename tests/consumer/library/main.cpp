@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A user of the compiled library: appends 300 tokens to a 4-bit cache on the CPU and attends to them.
-// Every value is 0.5, which a group of equal values stores exactly, so the answer is 0.5.
+// A user of the compiled library: appends 300 tokens to a 4-bit cache on the CPU and attends to
+// them. Every value is 0.5, which a group of equal values stores exactly, so the answer is 0.5.
 #include <bitdecoding/bitdecoding.hpp>
 #include <cmath>
 #include <cstdio>
@@ -8,40 +8,47 @@
 
 int main() {
   using namespace bitdecoding;
-  constexpr int kTokens = 300, kHeads = 2, kQueryHeads = 8, kPages = 3, kKeepFirst = 16, kKeepLast = 64;
-  const KvFormat format{.k_bits = 4, .v_bits = 4};
-  const int tail = min_tail_tokens(kKeepLast, format.page_tokens, 1);
+  constexpr int kTokens = 300, kHeads = 2, kQueryHeads = 8, kPages = 3, kChannels = 128;
 
-  struct alignas(128) Line { std::uint8_t bytes[128]; };
-  std::vector<Line> pool(kPages * kHeads * page_bytes(format) / sizeof(Line));
-  std::vector<Line> side(kHeads * 2 * (kKeepFirst + tail) * format.head_dim * 2 / sizeof(Line));
+  PagedKvCache cache{.format = {.k_bits = 4, .v_bits = 4, .head_dim = kChannels}};
+  cache.batch = 1;
+  cache.num_kv_heads = kHeads;
+  cache.num_pages = cache.max_pages = kPages;
+  cache.num_slots = 1;
+  cache.keep_first = 16;
+  cache.keep_last = 64;
+  cache.tail_tokens = min_tail_tokens(cache.keep_last, cache.format.page_tokens, 1);
+
+  // The caller owns all memory. Pool and side buffer need 16-byte alignment: operator new has it.
+  std::vector<std::uint8_t> pool(kPages * kHeads * page_bytes(cache.format));
+  std::vector<std::uint16_t> side(kHeads * 2 * (cache.keep_first + cache.tail_tokens) * kChannels);
   const std::vector<std::int32_t> table{2, 0, 1}, slots{0};
   std::int32_t length = 0, packed = 0;
-  const PagedKvCache cache{
-      .format = format, .keep_first = kKeepFirst, .keep_last = kKeepLast,
-      .batch = 1, .num_kv_heads = kHeads, .num_pages = kPages, .num_slots = 1,
-      .tail_tokens = tail, .max_pages = kPages,
-      .pool = pool.data()->bytes, .side = reinterpret_cast<std::uint16_t*>(side.data()),
-      .block_table = table.data(), .slots = slots.data(), .lengths = &length, .packed = &packed};
+  cache.pool = pool.data();
+  cache.side = side.data();
+  cache.block_table = table.data();
+  cache.slots = slots.data();
+  cache.lengths = &length;
+  cache.packed = &packed;
 
-  std::vector<float> k(kTokens * kHeads * format.head_dim), v(k.size(), 0.5f);  // (1, S, H, D)
+  std::vector<float> k(kTokens * kHeads * kChannels), v(k.size(), 0.5f);  // (1, S, H, D)
   for (std::size_t i = 0; i < k.size(); ++i) k[i] = std::sin(0.1f * static_cast<float>(i));
   const auto rows = [&](const std::vector<float>& x) {
-    return TokenRows{.data = x.data(), .type = ElementType::f32, .batch_stride = 0,
-                     .token_stride = kHeads * format.head_dim, .head_stride = format.head_dim};
+    return TokenRows{x.data(), ElementType::f32, 0, kHeads * kChannels, kChannels};
   };
-  const TokenRuns runs{.batch = 1, .row_tokens = kTokens};
-  Status status = append_tokens({.cache = cache, .k = rows(k), .v = rows(v), .runs = runs}, CpuExecution{});
+  Status status = append_tokens({cache, rows(k), rows(v), TokenRuns{1, kTokens}}, CpuExecution{});
 
-  std::vector<float> q(kQueryHeads * format.head_dim, 0.1f), out(q.size());  // (1, 1, Hq, D)
-  if (status.is_ok()) {
-    status = decode_attention({.cache = cache, .query_heads = kQueryHeads, .softmax_scale = 0.09f,
-                     .type = ElementType::f32, .q = q.data(), .q_token_stride = std::ssize(q),
-                     .q_head_stride = format.head_dim, .out = out.data()}, CpuExecution{});
-  }
+  std::vector<float> q(kQueryHeads * kChannels, 0.1f), out(q.size());  // (1, 1, Hq, D)
+  DecodeProblem problem{.cache = cache, .query_heads = kQueryHeads, .softmax_scale = 0.09f};
+  problem.type = ElementType::f32;
+  problem.q = q.data();
+  problem.q_head_stride = kChannels;
+  problem.out = out.data();
+  if (status.is_ok()) status = decode_attention(problem, CpuExecution{});
+
   float worst = 0.f;
   for (const float x : out) worst = std::fmax(worst, std::fabs(x - 0.5f));
-  std::printf("%s: length %d, packed %d, worst error %g%s\n", name(format).c_str(), length, packed,
-              worst, status.is_ok() ? "" : status.text().c_str());
+  std::printf("%s: length %d, packed %d, worst error %g %s\n", name(cache.format).c_str(), length,
+              packed, worst, status.text().c_str());
   return status.is_ok() && length == kTokens && packed == 128 && worst < 1e-3f ? 0 : 1;
 }
