@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill pack: 16-bit K and V of long sequences into low-bit pages, beside a plain copy.
 
-    python benchmarks/pack.py --output benchmarks/results/pack.json
+python benchmarks/pack.py --output benchmarks/results/pack.json
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ def measure_format(name: str, args: argparse.Namespace, k: Any, v: Any) -> dict[
     fmt = bitdecoding.KvFormat.parse(name)
     batch, tokens, heads, _ = k.shape
     pages = tokens // fmt.page_tokens
-    pool = torch.empty(
-        (batch * pages, heads, fmt.page_bytes()), dtype=torch.uint8, device=k.device
-    )
+    pool = torch.empty((batch * pages, heads, fmt.page_bytes()), dtype=torch.uint8, device=k.device)
     table = torch.randperm(batch * pages, device=k.device).to(torch.int32).view(batch, pages)
     row = time_us(
         [lambda: bitdecoding.pack_pages(k, v, pool, table, format=fmt, keep_first=16)],

@@ -3,10 +3,10 @@
 // It needs neither CUDA nor CuTe headers; kernel authors include layout/ and quantize/*.cuh too.
 #pragma once
 
-#include "bitdecoding/cache/paged_kv_cache.hpp"   // IWYU pragma: export
-#include "bitdecoding/decode/decode_problem.hpp"  // IWYU pragma: export
-#include "bitdecoding/format/kv_format.hpp"       // IWYU pragma: export
-#include "bitdecoding/layout/page_record.hpp"     // IWYU pragma: export
+#include "bitdecoding/cache/paged_kv_cache.hpp"     // IWYU pragma: export
+#include "bitdecoding/decode/decode_problem.hpp"    // IWYU pragma: export
+#include "bitdecoding/format/kv_format.hpp"         // IWYU pragma: export
+#include "bitdecoding/layout/page_record.hpp"       // IWYU pragma: export
 #include "bitdecoding/quantize/append_problem.hpp"  // IWYU pragma: export
 #include "bitdecoding/quantize/pack_problem.hpp"    // IWYU pragma: export
 #include "bitdecoding/run.hpp"                      // IWYU pragma: export

@@ -8,11 +8,11 @@
 namespace bitdecoding {
 
 struct BuildInfo {
-  std::string version;        // kVersion
-  std::string git;            // git describe of the source tree, or "unknown"
-  std::string compiler;       // e.g. "GNU 12.2.0"
-  std::string cuda;           // version of the CUDA compiler, "" where there are no kernels
-  std::string architectures;  // e.g. "80-real;90a-real", "" where there are no kernels
+  std::string version;               // kVersion
+  std::string git;                   // git describe of the source tree, or "unknown"
+  std::string compiler;              // e.g. "GNU 12.2.0"
+  std::string cuda;                  // version of the CUDA compiler, "" where there are no kernels
+  std::string architectures;         // e.g. "80-real;90a-real", "" where there are no kernels
   std::vector<std::string> kernels;  // their names in the kernel table
 };
 

@@ -58,11 +58,9 @@ nb::ndarray<nb::ro> import_array(nb::handle object, const char* name, Access acc
 Device import_device(const nb::ndarray<nb::ro>& array, const char* name) {
   switch (array.device_type()) {
     case nb::device::cpu::value:
-    case nb::device::cuda_host::value:
-      return {};
+    case nb::device::cuda_host::value: return {};
     case nb::device::cuda::value:
-    case nb::device::cuda_managed::value:
-      return {true, array.device_id()};
+    case nb::device::cuda_managed::value: return {true, array.device_id()};
     default:
       refuse_value(name, ": device = DLPack type ", array.device_type(), "; allowed: cpu, cuda");
   }
@@ -80,15 +78,12 @@ TokenRows token_rows(const Array& array) {
 
 void throw_if_error(const Status& status) {
   switch (status.code()) {
-    case StatusCode::ok:
-      return;
-    case StatusCode::invalid_argument:
-      throw nb::value_error(status.text().c_str());
+    case StatusCode::ok: return;
+    case StatusCode::invalid_argument: throw nb::value_error(status.text().c_str());
     case StatusCode::unsupported:
       PyErr_SetString(PyExc_NotImplementedError, status.text().c_str());
       throw nb::python_error();
-    case StatusCode::cuda_error:
-      break;
+    case StatusCode::cuda_error: break;
   }
   throw std::runtime_error(status.text());
 }

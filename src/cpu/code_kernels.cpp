@@ -37,18 +37,10 @@ template <class Piece>
 BITDECODING_INLINE void for_row_pieces(int rows, const Piece& piece) {
   for (int row = 0; row < rows; row += kRegisterRows) {
     switch (rows - row) {
-      case 1:
-        piece.template operator()<1>(row);
-        break;
-      case 2:
-        piece.template operator()<2>(row);
-        break;
-      case 3:
-        piece.template operator()<3>(row);
-        break;
-      default:
-        piece.template operator()<kRegisterRows>(row);
-        break;
+      case 1: piece.template operator()<1>(row); break;
+      case 2: piece.template operator()<2>(row); break;
+      case 3: piece.template operator()<3>(row); break;
+      default: piece.template operator()<kRegisterRows>(row); break;
     }
   }
 }

@@ -111,8 +111,7 @@ float load_element(const void* data, ElementType type, std::int64_t index) {
       return format::float_from_fp16(static_cast<const std::uint16_t*>(data)[index]);
     case ElementType::bf16:
       return format::float_from_bf16(static_cast<const std::uint16_t*>(data)[index]);
-    case ElementType::f32:
-      return static_cast<const float*>(data)[index];
+    case ElementType::f32: return static_cast<const float*>(data)[index];
   }
   return 0.f;
 }
@@ -125,9 +124,7 @@ void store_element(void* data, ElementType type, std::int64_t index, float value
     case ElementType::bf16:
       static_cast<std::uint16_t*>(data)[index] = format::bf16_from_float(value);
       return;
-    case ElementType::f32:
-      static_cast<float*>(data)[index] = value;
-      return;
+    case ElementType::f32: static_cast<float*>(data)[index] = value; return;
   }
 }
 

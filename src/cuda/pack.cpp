@@ -42,8 +42,8 @@ Status cuda_status(cudaError_t error, const char* kernel) {
   text << kernel << ": " << cudaGetErrorName(error) << ": " << cudaGetErrorString(error);
   if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice) {
     const std::string found = cuda_driver_version();
-    text << "; driver found: " << (found.empty() ? "none" : "CUDA " + found)
-         << ", needed: CUDA " << CUDART_VERSION / 1000 << ".0 or newer";
+    text << "; driver found: " << (found.empty() ? "none" : "CUDA " + found) << ", needed: CUDA "
+         << CUDART_VERSION / 1000 << ".0 or newer";
   }
   if (error == cudaErrorNoKernelImageForDevice) {
     text << "; built for: " << build_info().architectures;

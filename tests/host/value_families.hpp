@@ -51,24 +51,15 @@ class ValueSource {
     const auto bits = static_cast<std::uint32_t>(random_());
     const float sign = bits & 1 ? 1.f : -1.f;
     switch (family_) {
-      case Family::normal:
-        return x;
-      case Family::outliers:
-        return 100.f * (x + offset_);
-      case Family::constant:
-        return offset_;
-      case Family::near_overflow:
-        return sign * (6e4f + 3e3f * x);
-      case Family::bf16_range:
-        return format::float_from_bf16(static_cast<std::uint16_t>(bits));
-      case Family::infinite:
-        return bits % 16 == 0 ? sign * HUGE_VALF : x;
-      case Family::signed_zeros:
-        return bits % 8 == 0 ? x * 0x1p-24f : sign * 0.f;
-      case Family::subnormal:
-        return static_cast<float>(bits % 32) * sign * 0x1p-24f;
-      case Family::any_fp16:
-        return format::float_from_fp16(static_cast<std::uint16_t>(bits));
+      case Family::normal: return x;
+      case Family::outliers: return 100.f * (x + offset_);
+      case Family::constant: return offset_;
+      case Family::near_overflow: return sign * (6e4f + 3e3f * x);
+      case Family::bf16_range: return format::float_from_bf16(static_cast<std::uint16_t>(bits));
+      case Family::infinite: return bits % 16 == 0 ? sign * HUGE_VALF : x;
+      case Family::signed_zeros: return bits % 8 == 0 ? x * 0x1p-24f : sign * 0.f;
+      case Family::subnormal: return static_cast<float>(bits % 32) * sign * 0x1p-24f;
+      case Family::any_fp16: return format::float_from_fp16(static_cast<std::uint16_t>(bits));
     }
     return x;
   }

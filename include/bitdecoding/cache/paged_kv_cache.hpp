@@ -29,8 +29,8 @@ struct PagedKvCache {
   int tail_tokens = 0;   // T: rows of the tail ring, see `min_tail_tokens`
   int max_pages = 0;     // columns of the block table
 
-  std::uint8_t* pool = nullptr;         // [num_pages, H, page_bytes], 16-byte aligned
-  std::uint16_t* side = nullptr;        // fp16 [num_slots, H, 2, F + T, D], 16-byte aligned; K, V
+  std::uint8_t* pool = nullptr;   // [num_pages, H, page_bytes], 16-byte aligned
+  std::uint16_t* side = nullptr;  // fp16 [num_slots, H, 2, F + T, D], 16-byte aligned; K, V
   const std::int32_t* block_table = nullptr;  // [B, max_pages] page ids
   const std::int32_t* slots = nullptr;        // [B] rows of the side buffer
   std::int32_t* lengths = nullptr;            // [B] tokens of each sequence
@@ -99,7 +99,8 @@ inline Status validate(const PagedKvCache& c) {
     return invalid_argument("block_table = null; allowed: an array [B, max_pages]");
   }
   const auto present = [](const char* argument, const void* array) {
-    return array == nullptr ? invalid_argument(argument, " = null; allowed: an array [B]") : Status();
+    return array == nullptr ? invalid_argument(argument, " = null; allowed: an array [B]")
+                            : Status();
   };
   if (Status status = present("slots", c.slots); !status.is_ok()) return status;
   if (Status status = present("lengths", c.lengths); !status.is_ok()) return status;

@@ -24,7 +24,7 @@ struct DecodeProblem {
   std::int64_t q_batch_stride = 0;
   std::int64_t q_token_stride = 0;
   std::int64_t q_head_stride = 0;
-  void* out = nullptr;  // (B, Sq, Hq, D), contiguous
+  void* out = nullptr;   // (B, Sq, Hq, D), contiguous
   float* lse = nullptr;  // (B, Hq, Sq), contiguous; nullptr: not wanted
 };
 
@@ -35,8 +35,8 @@ inline Status validate(const DecodeProblem& p) {
     return invalid_argument("query_tokens = ", p.query_tokens, "; allowed: 0 or more");
   }
   if (p.query_heads < 1 || p.query_heads % p.cache.num_kv_heads != 0) {
-    return invalid_argument("query_heads = ", p.query_heads, "; allowed: multiples of num_kv_heads (",
-                            p.cache.num_kv_heads, ")");
+    return invalid_argument("query_heads = ", p.query_heads,
+                            "; allowed: multiples of num_kv_heads (", p.cache.num_kv_heads, ")");
   }
   // 0 is what a forgotten field holds.
   if (!std::isfinite(p.softmax_scale) || p.softmax_scale == 0.f) {

@@ -46,8 +46,13 @@ __device__ inline void report(int* error_word, int batch, int value, int limit, 
 // blockIdx: x = (page, head, tensor), tensor fastest, so that neighbours read the same token rows.
 __device__ inline PackTask find_task(const PackProblem& p, int* error_word) {
   const int in_page = blockIdx.x % (2 * p.num_kv_heads);
-  PackTask task{static_cast<int>(blockIdx.y), in_page / 2, in_page % 2,
-                static_cast<int>(blockIdx.x / (2 * p.num_kv_heads)), 0, 0, -1};
+  PackTask task{static_cast<int>(blockIdx.y),
+                in_page / 2,
+                in_page % 2,
+                static_cast<int>(blockIdx.x / (2 * p.num_kv_heads)),
+                0,
+                0,
+                -1};
   const int begin = p.runs.begin(task.batch);
   const int count = p.runs.count(task.batch);
   if (begin < 0 || count < 0 || begin > p.runs.row_tokens - count) {
@@ -81,9 +86,8 @@ __device__ void pack_k(const PackProblem& p, const PackTask& task, const Page& p
   __syncthreads();
   if (p.format.token_norm) {
     const auto gNorm = page.token_norms();  // (N)
-    divide_by_norms<kPackThreads>(sK, tokens, [&](int token, cutlass::half_t norm) {
-      gNorm(token) = norm;
-    });
+    divide_by_norms<kPackThreads>(sK, tokens,
+                                  [&](int token, cutlass::half_t norm) { gNorm(token) = norm; });
     __syncthreads();
   }
   const auto gScale = page.k_scales();  // (N,D)
@@ -148,8 +152,8 @@ __global__ void __launch_bounds__(kPackThreads)
   const PackTask task = find_task(p, error_word);
   if (task.page_id < 0) return;
   std::uint8_t* bytes =
-      p.pool + (static_cast<std::int64_t>(task.page_id) * p.num_kv_heads + task.head) *
-                   record.page_bytes();
+      p.pool +
+      (static_cast<std::int64_t>(task.page_id) * p.num_kv_heads + task.head) * record.page_bytes();
   const layout::PackedKvPage<config> page(record, bytes);
   if (task.tensor == 0) {
     pack_k<config>(p, task, page, storage);

@@ -105,8 +105,7 @@ __device__ void divide_by_norms(const Tile& sX, int tokens, const Store& store) 
     for (int width = kLanes / 2; width > 0; width /= 2) {
       sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, width));
     }
-    const cutlass::half_t norm =
-        cutlass::half_t::bitcast(format::fp16_from_float(__fsqrt_rn(sum)));
+    const cutlass::half_t norm = cutlass::half_t::bitcast(format::fp16_from_float(__fsqrt_rn(sum)));
     if (lane == 0) store(token, norm);
     // format::normalized_key by the hardware's conversions: no quotient saturates.
     const float length = static_cast<float>(norm);

@@ -20,8 +20,8 @@
 namespace bitdecoding::test {
 namespace {
 
-constexpr int kRows = 4;        // B
-constexpr int kHeads = 2;       // H
+constexpr int kRows = 4;         // B
+constexpr int kHeads = 2;        // H
 constexpr int kRowTokens = 409;  // S
 constexpr int kMaxPages = 9;
 constexpr std::uint8_t kPoison = 0xa5;
@@ -119,10 +119,9 @@ DeviceResult pack_on_device(const PackCase& c) {
   const DeviceArray block_table(c.block_table);
   const DeviceArray pool(c.pool);
   const DeviceArray error_word(std::vector<int>(4, 0));
-  const Status status =
-      pack_pages(c.with(k.data(), v.data(), leftpad.data(), num_tokens.data(), first_page.data(),
-                        block_table.data(), pool.data()),
-                 CudaExecution{.error_word = error_word.data()});
+  const Status status = pack_pages(c.with(k.data(), v.data(), leftpad.data(), num_tokens.data(),
+                                          first_page.data(), block_table.data(), pool.data()),
+                                   CudaExecution{.error_word = error_word.data()});
   REQUIRE_MESSAGE(status.is_ok(), status.text());
   return {pool.host(), error_word.host()};
 }
@@ -173,8 +172,8 @@ TEST_CASE("a page id outside the pool is skipped and reported, the other pages a
   const int skipped = c.block_table[1];
   c.block_table[1] = c.problem.num_pages;  // row 0, its second page
   const DeviceResult device = pack_on_device(c);
-  CHECK(device.error_word == std::vector<int>{1, c.problem.num_pages, c.problem.num_pages,
-                                              int(PackError::page_id)});
+  CHECK(device.error_word ==
+        std::vector<int>{1, c.problem.num_pages, c.problem.num_pages, int(PackError::page_id)});
   const std::size_t bytes = std::size_t(kHeads) * page_bytes(f);
   std::vector<std::uint8_t> others = expected;
   std::fill_n(others.begin() + std::ptrdiff_t(skipped * bytes), bytes, kPoison);
@@ -187,8 +186,7 @@ TEST_CASE("a run outside its row writes nothing of the sequence and is reported"
   without.num_tokens[3] = 0;
   c.num_tokens[3] = kRowTokens + 1;
   const DeviceResult device = pack_on_device(c);
-  CHECK(device.error_word ==
-        std::vector<int>{4, kRowTokens + 1, kRowTokens, int(PackError::run)});
+  CHECK(device.error_word == std::vector<int>{4, kRowTokens + 1, kRowTokens, int(PackError::run)});
   CHECK(device.pool == pack_on_cpu(without));
 }
 
