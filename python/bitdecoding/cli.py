@@ -135,7 +135,7 @@ def _plan(options: argparse.Namespace) -> int:
     base = sixteen_bit_bytes(shape, tokens)
     formats = [resolve_format(name, shape.head_dim) for name in options.format or RECIPES]
     zones = {"keep_first": options.keep_first, "keep_last": options.keep_last}
-    header = ["cache", "format", "bits", "MB per sequence", "tokens per GB", "against 16-bit"]
+    header = ["cache", "format", "bits", "MB each", "tokens/GB", "smaller"]
     rows = [["16-bit", "", "16.00", *_sizes(base, base, tokens)]]
     for name, format in zip(options.format or RECIPES, formats, strict=True):
         size = sequence_bytes(shape, format, tokens, **zones)
@@ -143,7 +143,7 @@ def _plan(options: argparse.Namespace) -> int:
         bits = f"{format.bits_per_element:.2f}"
         rows.append([label, str(format), bits, *_sizes(size, base, tokens)])
     if options.memory is not None:
-        header.append(f"sequences in {options.memory:g} GB")
+        header.append(f"in {options.memory:g} GB")
         sizes = [base, *(sequence_bytes(shape, f, tokens, **zones) for f in formats)]
         for row, size in zip(rows, sizes, strict=True):
             row.append(str(int(options.memory * _GB // size)))
@@ -151,7 +151,7 @@ def _plan(options: argparse.Namespace) -> int:
         f"{shape.layers} layers, {shape.heads_kv} KV heads, head_dim {shape.head_dim}: sequences "
         f"of {tokens} tokens, {options.keep_first} first and {options.keep_last} newest in 16 bit"
     )
-    caption = "1 GB = 10^9 bytes. Everything allocated counts: pages, 16-bit zones, tables."
+    caption = "All that is allocated counts: pages, 16-bit zones, tables. 1 GB = 10^9 bytes."
     print_table(header, rows, title=title, caption=caption)
     return 0
 

@@ -107,7 +107,7 @@ def table_rows(results: list[CacheResult]) -> list[tuple[str, ...]]:
     ]
 
 
-TABLE_HEADER = ("cache", "format", "allocated", "smaller", "tokens/s", "same top-1", "mean KL")
+TABLE_HEADER = ("cache", "format", "size", "smaller", "tokens/s", "top-1", "KL")
 
 
 def _require_packages() -> None:
@@ -245,8 +245,9 @@ def _print(facts: dict[str, Any], results: list[CacheResult]) -> None:
         table_rows(results),
         title=f"{facts['model']}: a prompt of {facts['prompt_tokens']} tokens, then "
         f"{facts['steps']} decode steps, on {where}",
-        caption="16-bit: transformers' DynamicLayer in float16, read by SDPA. Same top-1 and mean "
-        "KL (nats): against it, fed with the text. tokens/s: median step, whole model.",
+        caption="16-bit: transformers' DynamicLayer in float16, read by SDPA. size: all that is "
+        "allocated. tokens/s: median step of the whole model. top-1, KL: share of steps with the "
+        "16-bit cache's most likely token, mean divergence from it in nats; all fed with the text.",
     )
     print(f"\nThe prompt ends: ...{facts['prompt_end']!r}")
     for r in results:

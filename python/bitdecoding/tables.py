@@ -36,10 +36,13 @@ def _print_rich(
     from rich.console import Console
     from rich.table import Table
 
-    style = {"title_justify": "left", "caption_justify": "left"}
-    table = Table(title=title, caption=caption or None, box=box.SIMPLE_HEAD, **style)
+    console = Console(highlight=False)
+    console.print(f"\n{title}")  # on lines of their own: they may be wider than the table
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name, width in zip(header, widths, strict=True):
         table.add_column(name, min_width=width)
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    console.print(table)
+    if caption:
+        console.print(caption)
