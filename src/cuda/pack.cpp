@@ -2,7 +2,6 @@
 // Dispatch of the CUDA pack: checks, the row of the kernel table, the device of the pointers.
 #include <cuda_runtime_api.h>
 
-#include <cstdint>
 #include <string>
 
 #include "bitdecoding/build_info.hpp"
@@ -52,24 +51,6 @@ Status cuda_status(cudaError_t error, const char* kernel) {
   return Status(StatusCode::cuda_error, text.str());
 }
 
-// The kernel reads rows in 16-byte pieces.
-Status check_rows(const char* argument, const TokenRows& rows) {
-  if (rows.type == ElementType::f32) {
-    return invalid_argument(argument, " dtype = ", element_name(rows.type),
-                            "; allowed on a CUDA device: float16, bfloat16");
-  }
-  if (reinterpret_cast<std::uintptr_t>(rows.data) % 16 != 0) {
-    return invalid_argument(argument, ": its address must be a multiple of 16 on a CUDA device");
-  }
-  for (const std::int64_t stride : {rows.batch_stride, rows.token_stride, rows.head_stride}) {
-    if (stride % 8 != 0) {
-      return invalid_argument(argument, " stride = ", stride,
-                              " elements; allowed on a CUDA device: multiples of 8");
-    }
-  }
-  return {};
-}
-
 }  // namespace
 
 std::string cuda_driver_version() {
@@ -79,13 +60,7 @@ std::string cuda_driver_version() {
 }
 
 Status pack_pages(const PackProblem& problem, const CudaExecution& execution) {
-  if (Status status = validate(problem); !status.is_ok()) return status;
-  if (Status status = check_rows("k", problem.k); !status.is_ok()) return status;
-  if (Status status = check_rows("v", problem.v); !status.is_ok()) return status;
-  if (problem.runs.batch > 65535) {
-    return invalid_argument("batch = ", problem.runs.batch, "; allowed on a CUDA device: at most ",
-                            65535);
-  }
+  if (Status status = validate_for_cuda(problem); !status.is_ok()) return status;
   const PackRow* row = find_pack_row(layout::page_config(problem.format));
   if (row == nullptr) {
     std::string text = "format = " + name(problem.format) + "; kernels of this build:";

@@ -65,7 +65,6 @@ constexpr int packed_tokens(int length, int keep_last, int page_tokens, int pack
 // Everything the host can check of a cache without reading device memory.
 inline Status validate(const PagedKvCache& c) {
   if (Status status = validate(c.format); !status.is_ok()) return status;
-  const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
   if (c.keep_first < 0 || c.keep_first > c.format.page_tokens) {
     return invalid_argument("keep_first = ", c.keep_first, "; allowed: 0 to page_tokens (",
                             c.format.page_tokens, ")");
@@ -86,8 +85,12 @@ inline Status validate(const PagedKvCache& c) {
     return invalid_argument("tail_tokens = ", c.tail_tokens, "; allowed: ", min_tail,
                             " or more (keep_last + page_tokens, rounded up to 16)");
   }
-  if (!aligned(c.pool)) return invalid_argument("pool: its address must be a multiple of 16");
-  if (!aligned(c.side)) return invalid_argument("side: its address must be a multiple of 16");
+  if (const auto address = reinterpret_cast<std::uintptr_t>(c.pool); address % 16 != 0) {
+    return invalid_argument("pool address = ", address, "; allowed: multiples of 16");
+  }
+  if (const auto address = reinterpret_cast<std::uintptr_t>(c.side); address % 16 != 0) {
+    return invalid_argument("side address = ", address, "; allowed: multiples of 16");
+  }
   if (c.batch == 0) return {};
   if (c.pool == nullptr && c.num_pages > 0) {
     return invalid_argument("pool = null; allowed: an array [num_pages, num_kv_heads, page_bytes]");

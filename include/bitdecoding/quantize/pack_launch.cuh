@@ -9,7 +9,7 @@
 
 namespace bitdecoding::quantize {
 
-// The problem must have passed validate() and validate_for_cuda(). Enqueues one kernel.
+// The problem must have passed validate_for_cuda(). Enqueues one kernel.
 template <class Row>
 cudaError_t launch_pack(const PackProblem& problem, cudaStream_t stream, int* error_word) {
   const int pages = problem.runs.row_tokens / problem.format.page_tokens;  // of the longest row

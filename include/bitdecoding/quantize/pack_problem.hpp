@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "bitdecoding/format/kv_format.hpp"
 #include "bitdecoding/quantize/token_rows.hpp"
@@ -51,8 +52,8 @@ inline Status validate(const PackProblem& p) {
   if (p.max_pages < 0) {
     return invalid_argument("max_pages = ", p.max_pages, "; allowed: 0 or more");
   }
-  if (reinterpret_cast<std::uintptr_t>(p.pool) % 16 != 0) {
-    return invalid_argument("pool: its address must be a multiple of 16");
+  if (const auto address = reinterpret_cast<std::uintptr_t>(p.pool); address % 16 != 0) {
+    return invalid_argument("pool address = ", address, "; allowed: multiples of 16");
   }
   if (p.runs.batch == 0) return {};
   if (p.pool == nullptr && p.num_pages > 0) {
@@ -62,6 +63,38 @@ inline Status validate(const PackProblem& p) {
     return invalid_argument("block_table = null; allowed: an array [B, max_pages]");
   }
   return {};
+}
+
+// What the CUDA kernel asks of K or V besides: 16-bit rows that begin at 16-byte addresses.
+inline Status validate_for_cuda(const char* argument, const TokenRows& rows) {
+  if (rows.type == ElementType::f32) {
+    return invalid_argument(argument, " dtype = ", element_name(rows.type),
+                            "; allowed on a CUDA device: float16, bfloat16");
+  }
+  if (const auto address = reinterpret_cast<std::uintptr_t>(rows.data); address % 16 != 0) {
+    return invalid_argument(argument, " address = ", address,
+                            "; allowed on a CUDA device: multiples of 16");
+  }
+  for (const std::int64_t stride : {rows.batch_stride, rows.token_stride, rows.head_stride}) {
+    if (stride % 8 != 0) {
+      return invalid_argument(argument, " stride = ", stride,
+                              " elements; allowed on a CUDA device: multiples of 8");
+    }
+  }
+  return {};
+}
+
+inline constexpr int kMaxCudaBatch = 65535;  // a grid's y dimension
+
+// validate(), and what a launch on a CUDA device asks besides.
+inline Status validate_for_cuda(const PackProblem& p) {
+  if (Status status = validate(p); !status.is_ok()) return status;
+  if (p.runs.batch > kMaxCudaBatch) {
+    return invalid_argument("batch = ", p.runs.batch, "; allowed on a CUDA device: 0 to ",
+                            kMaxCudaBatch);
+  }
+  if (Status status = validate_for_cuda("k", p.k); !status.is_ok()) return status;
+  return validate_for_cuda("v", p.v);
 }
 
 }  // namespace bitdecoding

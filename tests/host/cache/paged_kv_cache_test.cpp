@@ -167,8 +167,8 @@ TEST_CASE("validate names the argument, its value and what is allowed") {
   rejects("num_kv_heads = 0; allowed: ", [](PagedKvCache& c) { c.num_kv_heads = 0; });
   rejects("num_pages, num_slots, max_pages = -1", [](PagedKvCache& c) { c.num_pages = -1; });
   rejects("tail_tokens = 176; allowed: 192", [](PagedKvCache& c) { c.tail_tokens -= 16; });
-  rejects("pool: ", [](PagedKvCache& c) { ++c.pool; });
-  rejects("side: ", [](PagedKvCache& c) { ++c.side; });
+  rejects("pool address = ", [](PagedKvCache& c) { ++c.pool; });
+  rejects("side address = ", [](PagedKvCache& c) { ++c.side; });
   rejects("pool = null; allowed: ", [](PagedKvCache& c) { c.pool = nullptr; });
   rejects("side = null; allowed: ", [](PagedKvCache& c) { c.side = nullptr; });
   rejects("block_table = null; allowed: ", [](PagedKvCache& c) { c.block_table = nullptr; });

@@ -113,7 +113,7 @@ TEST_CASE("decode refuses") {
           {"out = null", [](Calls& c) { c.decode.out = nullptr; }},
           {"k_bits = 3; allowed: 2, 4", [](Calls& c) { c.decode.cache.format.k_bits = 3; }},
           {"tail_tokens = 16; allowed: 192", [](Calls& c) { c.decode.cache.tail_tokens = 16; }},
-          {"pool: its address", [](Calls& c) { c.decode.cache.pool += 8; }},
+          {"pool address = ", [](Calls& c) { c.decode.cache.pool += 8; }},
           {"lengths = null", [](Calls& c) { c.decode.cache.lengths = nullptr; }},
       },
       run);
@@ -165,7 +165,7 @@ TEST_CASE("pack refuses") {
           {"keep_first = 129; allowed: 0 to", [](Calls& c) { c.pack.keep_first = 129; }},
           {"num_kv_heads = 0; allowed", [](Calls& c) { c.pack.num_kv_heads = 0; }},
           {"v_group = 256; allowed", [](Calls& c) { c.pack.format.v_group = 256; }},
-          {"pool: its address", [](Calls& c) { c.pack.pool += 4; }},
+          {"pool address = ", [](Calls& c) { c.pack.pool += 4; }},
           {"v = null", [](Calls& c) { c.pack.v.data = nullptr; }},
       },
       run);
