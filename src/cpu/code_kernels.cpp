@@ -2,35 +2,28 @@
 // Compiled with contraction into fused multiply-adds, unlike the quantiser: nothing here fixes bits.
 #include "cpu/code_kernels.hpp"
 
-#include "bitdecoding/layout/page_record.hpp"
+#include "bitdecoding/layout/code_layout.hpp"
 #include "cpu/instruction_sets.hpp"
 #include "cpu/vector8.hpp"
 
 namespace bitdecoding::cpu {
 namespace {
 
-constexpr int kLanes = 32;
-constexpr int kBlockTokens = 16;
-constexpr int kChunkBlocks = kChunkTokens / kBlockTokens;
+using layout::CodeShape;
+using layout::kBlockTokens;
+using layout::kChunkBlocks;
+using layout::kLanes;
 constexpr int kMaxHeadDim = 128;
+
+template <int Bits>
+constexpr int kFields = 8 / Bits;  // codes of a byte, 8 channels apart
+template <int Bits>
+constexpr int kWordChannels = 8 * kFields<Bits>;  // of the words of one index, over all lanes
 
 // Four rows and two vectors make eight sums, as many as two multiply-adds per cycle of latency four
 // keep busy, in half of AVX2's registers. Fewer rows sum odd and even steps apart.
 constexpr int kRegisterRows = 4;
 constexpr int chains(int rows) { return rows < kRegisterRows ? 2 : 1; }
-
-// Words of a lane: K keeps a block's together in units of up to four, V those of a part.
-template <int Bits, int HeadDim>
-struct Words {
-  static constexpr int fields = 8 / Bits;
-  static constexpr int channels = 8 * fields;  // per word
-  static constexpr int in_block = HeadDim / channels;
-  static constexpr int k_unit = in_block < 4 ? in_block : 4;
-  static constexpr int k_units = in_block / k_unit;
-  static constexpr int parts = in_block < 4 ? in_block : 4;  // of V's channels
-  static constexpr int in_part = in_block / parts;           // per block
-  static constexpr int v_units = in_part;                    // of four words, over four blocks
-};
 
 // run(rows) in register-sized pieces: piece.operator()<Rows>(first_row).
 template <class Piece>
@@ -71,15 +64,14 @@ BITDECODING_INLINE void codes_of(const UInt8& words, int byte, int field, Float8
 template <int Bits, int HeadDim, int Rows>
 BITDECODING_INLINE void score_block(const UInt8* words, int first_word, int end_word,
                                     const float* q, const float* bias, float* scores) {
-  using W = Words<Bits, HeadDim>;
   Float8 sums[chains(Rows)][2][Rows] = {};
   for (int r = 0; r < Rows; ++r) sums[0][0][r] = sums[0][1][r] = Float8{} + bias[r];
   for (int t = 0; t < 4; ++t) {
     for (int word = first_word; word < end_word; ++word) {
       const UInt8& packed = words[4 * word + t];
-      const float* q_word = q + t * (HeadDim / 4) + word * 2 * W::fields;
+      const float* q_word = q + t * (HeadDim / 4) + word * 2 * kFields<Bits>;
       for (int h = 0; h < 2; ++h) {
-        for (int f = 0; f < W::fields; ++f) {
+        for (int f = 0; f < kFields<Bits>; ++f) {
           Float8 codes[2];
           for (int u = 0; u < 2; ++u) codes_of<Bits>(packed, 2 * h + u, f, codes[u]);
           for (int r = 0; r < Rows; ++r) {
@@ -101,13 +93,13 @@ BITDECODING_INLINE void score_block(const UInt8* words, int first_word, int end_
 template <int Bits, int HeadDim>
 BITDECODING_INLINE void score_blocks(const KeyCodes& k, const float* q, const float* bias, int rows,
                                      float* scores) {
-  using W = Words<Bits, HeadDim>;
-  constexpr int kUnit_bytes = kLanes * W::k_unit * 4;
+  using Shape = CodeShape<Bits, HeadDim>;
+  constexpr int kUnit_bytes = kLanes * 4 * Shape::k_unit_words;
   for (int block = 0; block < k.blocks; ++block) {
-    UInt8 words[4 * W::in_block];
-    for (int unit = 0; unit < W::k_units; ++unit) {
-      gather_words<W::k_unit>(k.codes + (block * W::k_units + unit) * kUnit_bytes,
-                              words + unit * 4 * W::k_unit);
+    UInt8 words[4 * Shape::block_words];
+    for (int unit = 0; unit < Shape::k_units; ++unit) {
+      gather_words<Shape::k_unit_words>(k.codes + (block * Shape::k_units + unit) * kUnit_bytes,
+                                        words + unit * 4 * Shape::k_unit_words);
     }
     float* to = scores + block * kBlockTokens;
     for_row_pieces(rows, [&]<int Rows>(int row) __attribute__((always_inline)) {
@@ -121,13 +113,13 @@ BITDECODING_INLINE void score_blocks(const KeyCodes& k, const float* q, const fl
 template <int Bits, int HeadDim, int Rows>
 BITDECODING_INLINE void add_fields(const UInt8* words, int word_in_part, int field, const float* p,
                                    float* out) {
-  using W = Words<Bits, HeadDim>;
+  using Shape = CodeShape<Bits, HeadDim>;
   Float8 sums[chains(Rows)][2][Rows] = {};
   for (int r = 0; r < Rows; ++r) {
     for (int f = 0; f < 2; ++f) load(out + r * HeadDim + 8 * f, sums[0][f][r]);
   }
   for (int block = 0; block < kChunkBlocks; ++block) {
-    const int nth = block * W::in_part + word_in_part;
+    const int nth = block * Shape::v_part_words + word_in_part;
     for (int t = 0; t < 4; ++t) {
       const UInt8& packed = words[4 * nth + t];
       for (int byte = 0; byte < 4; ++byte) {
@@ -151,20 +143,21 @@ BITDECODING_INLINE void add_fields(const UInt8* words, int word_in_part, int fie
 
 template <int Bits, int HeadDim>
 BITDECODING_INLINE void add_chunk(const ValueCodes& v, const float* p, int rows, float* out) {
-  using W = Words<Bits, HeadDim>;
+  using Shape = CodeShape<Bits, HeadDim>;
   constexpr int kUnit_bytes = kLanes * 4 * 4;
-  const int end_word = (v.first_channel + v.channels) / W::channels;
-  for (int word = v.first_channel / W::channels; word < end_word;) {
-    const int part = word / W::in_part;
-    UInt8 words[16 * W::v_units];
-    for (int unit = 0; unit < W::v_units; ++unit) {
-      gather_words<4>(v.codes + (part * W::v_units + unit) * kUnit_bytes, words + unit * 16);
+  const int end_word = (v.first_channel + v.channels) / kWordChannels<Bits>;
+  for (int word = v.first_channel / kWordChannels<Bits>; word < end_word;) {
+    const int part = word / Shape::v_part_words;
+    UInt8 words[16 * Shape::v_units];
+    for (int unit = 0; unit < Shape::v_units; ++unit) {
+      gather_words<4>(v.codes + (part * Shape::v_units + unit) * kUnit_bytes, words + unit * 16);
     }
-    for (; word < end_word && word / W::in_part == part; ++word) {
+    for (; word < end_word && word / Shape::v_part_words == part; ++word) {
       for_row_pieces(rows, [&]<int Rows>(int row) __attribute__((always_inline)) {
-        for (int field = 0; field < W::fields; field += 2) {
-          add_fields<Bits, HeadDim, Rows>(words, word % W::in_part, field, p + row * kChunkTokens,
-                                          out + row * HeadDim + word * W::channels + 8 * field);
+        for (int field = 0; field < kFields<Bits>; field += 2) {
+          add_fields<Bits, HeadDim, Rows>(
+              words, word % Shape::v_part_words, field, p + row * kChunkTokens,
+              out + row * HeadDim + word * kWordChannels<Bits> + 8 * field);
         }
       });
     }
