@@ -2,8 +2,8 @@
 // append_tokens on the CPU. Pages that complete are packed first, their tokens taken from the ring
 // and, where a long append never passes through it, from the input; then the newest tokens go to
 // the ring (whose rows may be those of tokens just packed) and the first ones to the first rows.
+#include <algorithm>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "bitdecoding/run.hpp"
@@ -24,9 +24,9 @@ struct Growth {
 Status find_growth(const AppendProblem& p, int b, Growth* growth) {
   const PagedKvCache& c = p.cache;
   const std::int64_t length = std::int64_t{c.lengths[b]} + p.runs.count(b);
-  if (length > std::numeric_limits<std::int32_t>::max()) {
-    return invalid_argument("lengths[", b, "] = ", length,
-                            " after the append; allowed: 0 to 2^31-1");
+  if (length > p.max_tokens) {
+    return invalid_argument("lengths[", b, "] = ", length, " after the append of ", p.runs.count(b),
+                            " tokens; allowed: at most ", p.max_tokens, " (max_tokens)");
   }
   const int packed =
       packed_tokens(static_cast<int>(length), c.keep_last, c.format.page_tokens, c.packed[b]);
@@ -39,23 +39,52 @@ Status find_growth(const AppendProblem& p, int b, Growth* growth) {
   return {};
 }
 
+// Slots that this call writes belong to one sequence each.
+Status check_slots(const PagedKvCache& c, const std::vector<Growth>& growths) {
+  std::vector<int> owners(static_cast<std::size_t>(c.num_slots), -1);
+  const auto grows = [&](int b) {
+    const Growth& growth = growths[static_cast<std::size_t>(b)];
+    return growth.length > growth.old_length;
+  };
+  for (int b = 0; b < c.batch; ++b) {
+    if (growths[static_cast<std::size_t>(b)].length == 0) continue;
+    int& owner = owners[static_cast<std::size_t>(c.slots[b])];
+    if (owner < 0) {
+      owner = b;
+    } else if (grows(b) || grows(owner)) {
+      return invalid_argument("slots[", b, "] = ", c.slots[b],
+                              "; allowed: a slot of its own (slots[", owner, "] names it too)");
+    }
+  }
+  return {};
+}
+
+// Pages that this call writes (sorted by id) hold nothing yet that a sequence attends to.
+Status check_unused(const PagedKvCache& c, const std::vector<cpu::PageUse>& pages) {
+  for (int b = 0; !pages.empty() && b < c.batch; ++b) {
+    for (int column = 0; column < c.packed[b] / c.format.page_tokens; ++column) {
+      const int id = c.block_table[std::int64_t{b} * c.max_pages + column];
+      const auto same =
+          std::lower_bound(pages.begin(), pages.end(), id,
+                           [](const cpu::PageUse& page, int wanted) { return page.id < wanted; });
+      if (same != pages.end() && same->id == id) {
+        return invalid_argument("block_table[", same->sequence, ", ", same->column, "] = ", id,
+                                "; allowed: a page that no sequence attends to (block_table[", b,
+                                ", ", column, "] names it too)");
+      }
+    }
+  }
+  return {};
+}
+
 // The new lengths and the pages that this call writes.
 Status find_growths(const AppendProblem& p, std::vector<Growth>* growths,
                     std::vector<cpu::PageUse>* pages) {
   const PagedKvCache& c = p.cache;
-  std::vector<int> owner(static_cast<std::size_t>(c.num_slots), -1);
   for (int b = 0; b < c.batch; ++b) {
     if (Status s = find_growth(p, b, &(*growths)[static_cast<std::size_t>(b)]); !s.is_ok())
       return s;
     const Growth& growth = (*growths)[static_cast<std::size_t>(b)];
-    if (growth.length == growth.old_length) continue;
-    int& slot_owner = owner[static_cast<std::size_t>(c.slots[b])];
-    if (slot_owner >= 0) {
-      return invalid_argument("slots[", b, "] = ", c.slots[b],
-                              "; allowed: a slot of its own (slots[", slot_owner,
-                              "] names it too)");
-    }
-    slot_owner = b;
     for (int token = c.packed[b]; token < growth.packed; token += c.format.page_tokens) {
       const int column = token / c.format.page_tokens;
       const int id = c.block_table[std::int64_t{b} * c.max_pages + column];
@@ -63,7 +92,9 @@ Status find_growths(const AppendProblem& p, std::vector<Growth>* growths,
       if (Status s = cpu::check_page_id(pages->back(), c.num_pages); !s.is_ok()) return s;
     }
   }
-  return cpu::check_distinct(*pages);
+  if (Status s = check_slots(c, *growths); !s.is_ok()) return s;
+  if (Status s = cpu::check_distinct(*pages); !s.is_ok()) return s;
+  return check_unused(c, *pages);
 }
 
 class Appender {

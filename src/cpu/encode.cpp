@@ -3,28 +3,57 @@
 
 #include "cpu/instruction_sets.hpp"
 #include "cpu/token_tile.hpp"
+#include "cpu/vector8.hpp"
 
 namespace bitdecoding::cpu {
 namespace {
 
-// Loops over this many neighbours become vector instructions.
-constexpr int kRun = 32;
+// format::GroupRange, eight at a time.
+struct Range8 {
+  Float8 low = Float8{} + INFINITY;
+  Float8 high = Float8{} - INFINITY;
+  Int8 has_nan{};
 
-template <int Bits, class CoderOf>
-BITDECODING_INLINE void encode(const std::uint16_t* values, int count, const CoderOf& coder_of,
+  BITDECODING_INLINE void include(const Float8& value) {
+    low = value < low ? value : low;
+    high = value > high ? value : high;
+    has_nan |= value != value;
+  }
+  BITDECODING_INLINE format::GroupRange lane(int i) const {
+    return {low[i], high[i], has_nan[i] != 0};
+  }
+};
+
+// format::GroupCoder::code, eight at a time.
+template <int Bits>
+BITDECODING_INLINE void codes_of(const Float8& value, const Float8& zero, const Float8& inverse,
+                                 UInt8& codes) {
+  const Float8 top = Float8{} + static_cast<float>(format::max_code(Bits));
+  const Float8 scaled = (value - zero) * inverse;
+  const Float8 positive = scaled > 0.f ? scaled : Float8{};
+  const Float8 clamped = positive < top ? positive : top;
+  codes = (UInt8)(clamped + 12582912.f) & 0xffu;
+}
+
+// load_coder(channel, zero, inverse) for eight channels.
+template <int Bits, class LoadCoder>
+BITDECODING_INLINE void encode(const std::uint16_t* values, int count, const LoadCoder& load_coder,
                                std::uint8_t* bytes) {
+  using Byte8 = std::uint8_t __attribute__((vector_size(8)));
   constexpr int kFields = 8 / Bits;
   for (int word = 0; word < count / (8 * kFields); ++word) {
-    const int first = 8 * kFields * word;
-    std::uint32_t codes[8 * kFields];
-    for (int i = 0; i < 8 * kFields; ++i) {
-      codes[i] = coder_of(first + i).code(format::float_from_fp16(values[first + i]), Bits);
+    UInt8 packed{};
+    for (int f = 0; f < kFields; ++f) {
+      const int channel = 8 * (kFields * word + f);
+      Float8 value, zero, inverse;
+      UInt8 codes;
+      load_fp16(values + channel, value);
+      load_coder(channel, zero, inverse);
+      codes_of<Bits>(value, zero, inverse, codes);
+      packed |= codes << (f * Bits);
     }
-    for (int x = 0; x < 8; ++x) {
-      std::uint32_t byte = 0;
-      for (int f = 0; f < kFields; ++f) byte |= codes[8 * f + x] << (f * Bits);
-      bytes[8 * word + x] = static_cast<std::uint8_t>(byte);
-    }
+    const Byte8 narrow = __builtin_convertvector(packed, Byte8);
+    store(narrow, bytes + 8 * word);
   }
 }
 
@@ -33,61 +62,50 @@ BITDECODING_INLINE void encode(const std::uint16_t* values, int count, const Cod
 BITDECODING_CLONES
 void channel_ranges(const std::uint16_t* rows, int tokens, int head_dim,
                     format::GroupRange* ranges) {
-  float low[kMaxHeadDim];
-  float high[kMaxHeadDim];
-  std::uint32_t has_nan[kMaxHeadDim];
-  for (int c = 0; c < head_dim; ++c) {
-    low[c] = INFINITY;
-    high[c] = -INFINITY;
-    has_nan[c] = 0;
-  }
-  for (int n = 0; n < tokens; ++n) {
-    for (int c = 0; c < head_dim; ++c) {
-      const float value = format::float_from_fp16(rows[n * head_dim + c]);
-      low[c] = value < low[c] ? value : low[c];
-      high[c] = value > high[c] ? value : high[c];
-      has_nan[c] |= value != value ? 1u : 0u;
+  for (int c = 0; c < head_dim; c += 8) {
+    Range8 range;
+    for (int n = 0; n < tokens; ++n) {
+      Float8 value;
+      load_fp16(rows + n * head_dim + c, value);
+      range.include(value);
     }
+    for (int i = 0; i < 8; ++i) ranges[c + i] = range.lane(i);
   }
-  for (int c = 0; c < head_dim; ++c) ranges[c] = {low[c], high[c], has_nan[c] != 0};
 }
 
 BITDECODING_CLONES
 format::GroupRange token_range(const std::uint16_t* values, int count) {
-  float low[kRun];
-  float high[kRun];
-  std::uint32_t has_nan[kRun];
-  for (int i = 0; i < kRun; ++i) {
-    low[i] = INFINITY;
-    high[i] = -INFINITY;
-    has_nan[i] = 0;
-  }
-  for (int first = 0; first < count; first += kRun) {
-    for (int i = 0; i < kRun; ++i) {
-      const float value = format::float_from_fp16(values[first + i]);
-      low[i] = value < low[i] ? value : low[i];
-      high[i] = value > high[i] ? value : high[i];
-      has_nan[i] |= value != value ? 1u : 0u;
-    }
+  Range8 lanes;
+  for (int c = 0; c < count; c += 8) {
+    Float8 value;
+    load_fp16(values + c, value);
+    lanes.include(value);
   }
   format::GroupRange range;
-  for (int i = 0; i < kRun; ++i) range.include({low[i], high[i], has_nan[i] != 0});
+  for (int i = 0; i < 8; ++i) range.include(lanes.lane(i));
   return range;
 }
 
 BITDECODING_CLONES
-void encode_channels(const std::uint16_t* values, const format::GroupCoder* coders, int count,
-                     int bits, std::uint8_t* bytes) {
-  const auto coder_of = [coders](int c) -> const format::GroupCoder& { return coders[c]; };
-  bits == 2 ? encode<2>(values, count, coder_of, bytes) : encode<4>(values, count, coder_of, bytes);
+void encode_channels(const std::uint16_t* values, const ChannelCoders& coders, int count, int bits,
+                     std::uint8_t* bytes) {
+  const auto load_coder = [&](int c, Float8& zero, Float8& inverse) __attribute__((always_inline)) {
+    load(coders.zero + c, zero);
+    load(coders.inverse_scale + c, inverse);
+  };
+  bits == 2 ? encode<2>(values, count, load_coder, bytes)
+            : encode<4>(values, count, load_coder, bytes);
 }
 
 BITDECODING_CLONES
 void encode_group(const std::uint16_t* values, const format::GroupCoder& coder, int count, int bits,
                   std::uint8_t* bytes) {
-  const format::GroupCoder shared = coder;
-  const auto coder_of = [&shared](int) -> const format::GroupCoder& { return shared; };
-  bits == 2 ? encode<2>(values, count, coder_of, bytes) : encode<4>(values, count, coder_of, bytes);
+  const auto load_coder = [&](int, Float8& zero, Float8& inverse) __attribute__((always_inline)) {
+    zero = Float8{} + coder.zero;
+    inverse = Float8{} + coder.inverse_scale;
+  };
+  bits == 2 ? encode<2>(values, count, load_coder, bytes)
+            : encode<4>(values, count, load_coder, bytes);
 }
 
 }  // namespace bitdecoding::cpu

@@ -36,9 +36,9 @@ void code_by_channel(const TokenTile& tile, int tokens, int group, int free_toke
   for (int first = 0; first < tokens; first += group) {
     const int counted = std::clamp(free_tokens, first, first + group);
     channel_ranges(tile.values + counted * HeadDim, first + group - counted, HeadDim, ranges);
-    GroupCoder coders[HeadDim];
+    ChannelCoders coders;
     for (int c = 0; c < HeadDim; ++c) {
-      coders[c] = store_group(scales, zeros, first, c, ranges[c], Bits);
+      coders.set(c, store_group(scales, zeros, first, c, ranges[c], Bits));
     }
     for (int n = first; n < first + group; ++n) {
       encode_channels(tile.values + n * HeadDim, coders, HeadDim, Bits,

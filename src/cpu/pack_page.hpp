@@ -16,7 +16,7 @@ void pack_page(const KvFormat& format, int free_tokens, TokenTile& k, const Toke
 
 // About what a page takes, to choose threads by.
 constexpr std::int64_t pack_page_ns(const KvFormat& format) {
-  return std::int64_t{format.page_tokens} * format.head_dim * 4;
+  return std::int64_t{format.page_tokens} * format.head_dim * 6;
 }
 
 }  // namespace bitdecoding::cpu

@@ -15,7 +15,7 @@ struct alignas(64) TokenTile {
   std::uint16_t values[kMaxPageTokens * kMaxHeadDim];
 };
 
-// `count` channels of a token, from an input element on.
+// `count` channels of a token, a multiple of 8, from an input element on.
 void arrive(const TokenRows& rows, std::int64_t element, int count, std::uint16_t* fp16);
 
 }  // namespace bitdecoding::cpu

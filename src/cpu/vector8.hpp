@@ -24,9 +24,10 @@ BITDECODING_INLINE void store(const Vector& from, Element* to) {
   std::memcpy(to, &from, sizeof(from));
 }
 
+using UShort8 = std::uint16_t __attribute__((vector_size(16)));
+
 // Eight fp16 numbers; the arithmetic of format::float_from_fp16.
 BITDECODING_INLINE void load_fp16(const std::uint16_t* from, Float8& to) {
-  using UShort8 = std::uint16_t __attribute__((vector_size(16)));
   UShort8 halves;
   load(from, halves);
   const UInt8 bits = __builtin_convertvector(halves, UInt8);
@@ -36,6 +37,22 @@ BITDECODING_INLINE void load_fp16(const std::uint16_t* from, Float8& to) {
       magnitude >= 0x7c00u ? UInt8{} + ((255u - 31u) << 23) : UInt8{} + ((127u - 15u) << 23);
   const UInt8 normal = (magnitude << 13) + rebias;
   to = (Float8)((magnitude < 0x0400u ? (UInt8)subnormal : normal) | (bits & 0x8000u) << 16);
+}
+
+// Eight numbers as fp16; the arithmetic of format::fp16_from_float.
+BITDECODING_INLINE void store_fp16(const Float8& from, std::uint16_t* to) {
+  const UInt8 bits = (UInt8)from;
+  const UInt8 sign = (bits >> 16) & 0x8000u;
+  const UInt8 magnitude = bits & 0x7fffffffu;
+  const UInt8 top = UInt8{} + 0x477fe000u;  // 65504
+  const UInt8 finite = magnitude < top ? magnitude : top;
+  const UInt8 subnormal = (UInt8)((Float8)finite + 0.5f) - 0x3f000000u;
+  const UInt8 odd = (finite >> 13) & 1u;
+  const UInt8 normal = (finite - ((127u - 15u) << 23) + 0xfffu + odd) >> 13;
+  const UInt8 rounded = (finite < 0x38800000u ? subnormal : normal) | sign;
+  const UInt8 result = magnitude > 0x7f800000u ? UInt8{} + 0x7fffu : rounded;
+  const UShort8 halves = __builtin_convertvector(result, UShort8);
+  store(halves, to);
 }
 
 // The sum of the lanes, in a fixed order.

@@ -3,6 +3,7 @@
 // neither cache nor outputs have changed.
 #include <doctest.h>
 
+#include <climits>
 #include <functional>
 #include <limits>
 #include <string>
@@ -134,7 +135,17 @@ TEST_CASE("append refuses") {
           {"num_tokens[0] = -2; allowed", [](Calls& c) { c.counts[0] = -2; }},
           {"batch of k and v = 1; allowed: 2", [](Calls& c) { c.append.runs.batch = 1; }},
           {"k = null", [](Calls& c) { c.append.k.data = nullptr; }},
+          {"leftpad[0] = -2147483648; allowed",
+           [](Calls& c) { c.leftpad[0] = INT_MIN, c.append.runs.num_tokens = nullptr; }},
+          {"lengths[1] = 330 after the append of 130 tokens; allowed: at most 329 (max_tokens)",
+           [](Calls& c) { c.append.max_tokens = 329, c.counts[0] = 0; }},
           {"slots[1] = ", [](Calls& c) { c.box.slots[1] = c.box.slots[0]; }},
+          // Of a sequence that doesn't grow, and a page that one attends to.
+          {"slots[1] = ", [](Calls& c) { c.box.slots[1] = c.box.slots[0], c.counts[0] = 0; }},
+          {"slots[1] = ", [](Calls& c) { c.box.slots[1] = c.box.slots[0], c.counts[1] = 0; }},
+          {"block_table[1, 1] = ",
+           [](Calls& c) { c.box.block_table[6] = c.box.block_table[0], c.counts[0] = 0; }},
+          {"block_table[1, 1] = ", [](Calls& c) { c.box.block_table[6] = c.box.block_table[5]; }},
           // Of the pages that the append would write: the second page of each sequence.
           {"block_table[1, 1] = 99; allowed", [](Calls& c) { c.box.block_table[6] = 99; }},
           {"block_table[1, 1] = ", [](Calls& c) { c.box.block_table[6] = c.box.block_table[1]; }},
