@@ -53,9 +53,9 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PLAN, "--context", "8192", "--memory", "40"]) == 0
     out = capsys.readouterr().out
     size = sequence_bytes(ModelShape(32, 8, 128), resolve_format("int4", 128), 8192)
-    (row,) = [line.split() for line in out.splitlines() if "k4v4_c128_v128_p128_d128" in line]
+    (row,) = [line.split() for line in out.splitlines() if "k4v4_c32_v128_p128_d128" in line]
     bits, megabytes, tokens_per_gb, ratio, sequences = row[-5:]
-    assert bits == "4.25"
+    assert bits == "4.62"
     assert megabytes == f"{size / 1e6:.1f}"
     assert tokens_per_gb == f"{8192 * 10**9 // size:,}"
     assert ratio == f"{131072 * 8192 / size:.2f}x"
@@ -67,7 +67,7 @@ def test_plan_of_chosen_formats(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "k2v2_c32_v32_p128_d128" in out
     assert "k4v4_t64_v64_p64_d128" in out
-    assert "k4v4_c128" not in out
+    assert "k4v4_c32" not in out
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_demo_names_the_missing_extra(
     hide(monkeypatch, "torch", "gguf")
     assert main(["demo"]) == 2
     error = capsys.readouterr().err
-    assert "torch, gguf" in error
+    assert all(name in error for name in ("torch", "gguf"))  # and others that are not installed
     assert "bitdecoding[demo]" in error
 
 
