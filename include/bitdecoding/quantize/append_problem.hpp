@@ -4,6 +4,8 @@
 // One, many or all tokens at a time give the same pages.
 #pragma once
 
+#include <limits>
+
 #include "bitdecoding/cache/paged_kv_cache.hpp"
 #include "bitdecoding/quantize/token_rows.hpp"
 #include "bitdecoding/status.hpp"
@@ -15,6 +17,7 @@ struct AppendProblem {
   TokenRows k;  // (B, S, H, D)
   TokenRows v;  // (B, S, H, D)
   TokenRuns runs;
+  int max_tokens = std::numeric_limits<int>::max();  // a sequence may not grow beyond
 };
 
 // Everything the host can check without reading the arrays.
