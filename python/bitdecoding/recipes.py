@@ -1,8 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Short names of formats, for people who choose by bits: ``int4``, ``k4v2``, ``int2``.
 
-K is quantised per channel and V per token (KIVI). Four bits stand one scale per 128 tokens of a
-channel; two bits need smaller groups, which cost half a bit (32 elements) or a quarter (64).
+K is quantised per channel and V per token (KIVI). Small groups of K buy more than small groups of
+V. SmolLM2-135M (head_dim 64) after 4096 tokens of Shakespeare, 256 steps, 16 first and 64 newest
+tokens in 16 bit, against a 16-bit cache (``demo_run.py``):
+
+    K, V bits   K group   V group   bits per element   same top-1   mean KL
+      4, 4        128        64          4.375            94.9%      0.0048
+      4, 4         64        64          4.500            96.1%      0.0034
+      4, 4         32        64          4.750            97.7%      0.0018   int4
+      4, 4         32        32          5.000            98.0%      0.0016
+      4, 2        128        64          3.375            91.0%      0.0210
+      4, 2        128        32          3.625            91.0%      0.0135   k4v2
+      4, 2         64        32          3.750            91.4%      0.0133
+      2, 2         32        32          3.000            81.6%      0.1089   int2
 """
 
 from __future__ import annotations
@@ -11,7 +22,7 @@ from bitdecoding import KvFormat
 
 # name: (k_bits, v_bits, k_group in tokens, v_group in channels; None = the whole head)
 RECIPES: dict[str, tuple[int, int, int, int | None]] = {
-    "int4": (4, 4, 128, None),
+    "int4": (4, 4, 32, None),
     "k4v2": (4, 2, 128, 32),
     "int2": (2, 2, 32, 32),
 }

@@ -39,7 +39,7 @@ def test_sixteen_bit_bytes() -> None:
 @pytest.mark.parametrize(
     ("recipe", "name"),
     [
-        ("int4", "k4v4_c128_v64_p128_d64"),
+        ("int4", "k4v4_c32_v64_p128_d64"),
         ("k4v2", "k4v2_c128_v32_p128_d64"),
         ("int2", "k2v2_c32_v32_p128_d64"),
         ("k4v4_t32_v32_p64_d64", "k4v4_t32_v32_p64_d64"),
