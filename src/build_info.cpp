@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The facts of a build. CMake writes build_facts.hpp when it configures, git_revision.hpp at every build.
+// The facts of a build. CMake writes build_facts.hpp when it configures and git_revision.hpp at
+// every build.
 #include "bitdecoding/build_info.hpp"
 
 #include "bitdecoding/version.hpp"

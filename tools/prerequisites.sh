@@ -12,7 +12,10 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
     echo "$python is $("$python" --version 2>&1); needed is 3.10 or newer. Name one: make PYTHON=python3.12" >&2
     exit 1
   fi
-  need "Python >= 3.10 ('$python')" "$python python3-venv python3-dev" "$python python3-devel"
+  case $python in
+    python3.[0-9]*) need "Python >= 3.10 ('$python')" "$python $python-venv $python-dev" "$python $python-devel" ;;
+    *) need "Python >= 3.10 ('$python')" "python3 python3-venv python3-dev" "python3 python3-devel" ;;
+  esac
 else
   name=python3
   case $python in python3.[0-9]*) name=$python ;; esac
@@ -20,11 +23,14 @@ else
   "$python" -c 'import os, sys, sysconfig
 sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || need "Python.h" "$name-dev" "$name-devel"
 fi
+# What the sources use of a compiler: C++20, and the vector shuffles that g++ has known since 12.
 if ! echo '#include <bit>
 #include <span>
-int main() { return std::bit_cast<int>(0.0f); }' | "$cxx" -std=c++20 -x c++ - -o /dev/null 2>/dev/null; then
-  if command -v "$cxx" >/dev/null; then
-    echo "$cxx ($("$cxx" -dumpfullversion 2>/dev/null)) does not compile C++20; needed is g++ 11 or newer. Name one: make CXX=g++-12" >&2
+using V = int __attribute__((vector_size(16)));
+V reverse(V v) { return __builtin_shufflevector(v, v, 3, 2, 1, 0); }
+int main() { return std::bit_cast<int>(0.0f); }' | $cxx -std=c++20 -x c++ - -o /dev/null 2>/dev/null; then
+  if command -v ${cxx%% *} >/dev/null; then
+    echo "$cxx ($($cxx -dumpfullversion 2>/dev/null)) is too old; needed is g++ 12 or clang 16 or newer. Name one: make CXX=g++-12 (apt-get install -y g++-12)" >&2
     exit 1
   fi
   need "a C++20 compiler ('$cxx')" g++ gcc-c++
@@ -32,12 +38,12 @@ fi
 
 if [ -n "$missing" ]; then
   printf "Missing:$missing\nThis line supplies it:\n" >&2
-  sudo=sudo
+  sudo="sudo "
   [ "$(id -u)" != 0 ] || sudo=""
   if command -v dnf >/dev/null; then
-    echo "  $sudo dnf install -y$dnf" >&2
+    echo "  ${sudo}dnf install -y$dnf" >&2
   else
-    echo "  $sudo apt-get update && $sudo apt-get install -y$apt" >&2
+    echo "  ${sudo}apt-get update && ${sudo}apt-get install -y$apt" >&2
   fi
   exit 1
 fi

@@ -18,7 +18,7 @@ struct BuildInfo {
 
 BuildInfo build_info();
 
-// The newest CUDA version that the installed driver serves, e.g. "13.0"; "" where there is no driver
+// The newest CUDA version that the installed driver serves, e.g. "13.0"; "" without a driver
 // or this build has no kernels. Creates no CUDA context.
 std::string cuda_driver_version();
 

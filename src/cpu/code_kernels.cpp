@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled with contraction into fused multiply-adds, unlike the quantiser: nothing here fixes bits.
+// Compiled with contraction into fused multiply-adds, unlike the quantiser: no bits are fixed here.
 #include "cpu/code_kernels.hpp"
 
 #include "bitdecoding/layout/code_layout.hpp"
+#include "bitdecoding/layout/page_config.hpp"
 #include "cpu/instruction_sets.hpp"
 #include "cpu/vector8.hpp"
 
@@ -13,7 +14,7 @@ using layout::CodeShape;
 using layout::kBlockTokens;
 using layout::kChunkBlocks;
 using layout::kLanes;
-constexpr int kMaxHeadDim = 128;
+using layout::kMaxHeadDim;
 
 template <int Bits>
 constexpr int kFields = 8 / Bits;  // codes of a byte, 8 channels apart

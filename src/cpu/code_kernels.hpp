@@ -28,7 +28,7 @@ constexpr float field_weight(int channel, int bits) {
 // Widens one plane of 64 fp16 token parameters (token 8i + g at 8g + i) into token order.
 void widen_token_plane(const std::uint16_t* plane, float* values);
 
-// Channel-axis K group: scaled = q * scale * weight, bias[row] = sum of q * zero. All in lane order.
+// Channel-axis K group: scaled = q * scale * weight, bias[row] = sum of q * zero. In lane order.
 void fold_channel_group(const float* q, const float* weights, const std::uint16_t* scales,
                         const std::uint16_t* zeros, int head_dim, int rows, float* scaled,
                         float* bias);

@@ -12,7 +12,7 @@
 
 namespace bitdecoding::cpu {
 
-inline constexpr int kMaxHeadDim = 128;
+using layout::kMaxHeadDim;
 
 struct PageMap {
   static constexpr int kRunTokens = 32;

@@ -4,13 +4,15 @@
 
 #include <cstdint>
 
+#include "bitdecoding/layout/page_config.hpp"
 #include "bitdecoding/quantize/token_rows.hpp"
 
 namespace bitdecoding::cpu {
 
+using layout::kMaxHeadDim;
+using layout::kMaxPageTokens;
+
 // K or V of a page: fp16 bits (N,D), rows of head_dim.
-inline constexpr int kMaxPageTokens = 128;
-inline constexpr int kMaxHeadDim = 128;
 struct alignas(64) TokenTile {
   std::uint16_t values[kMaxPageTokens * kMaxHeadDim];
 };

@@ -188,7 +188,8 @@ def test_python_tests_pass_on_the_wheel(environment: Environment, tmp_path: Path
     )
     for name in ("tests/python", "docs"):
         shutil.copytree(SOURCE / name, tmp_path / name)
-    shutil.copy(SOURCE / "pyproject.toml", tmp_path)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(SOURCE / name, tmp_path)
     print(run(environment.python, "-m", "pytest", "-q", cwd=tmp_path, PYTHONPATH=str(target)))
 
 

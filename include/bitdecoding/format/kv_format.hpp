@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // KvFormat: what the codes of a packed KV cache mean, as one value. Everything about a page (sizes,
 // offsets, layouts, kernels) is a function of it. `why_invalid` is the only statement of its rules.
-//   canonical name   k4v2_c128_v64_p128_d128[_norm]   (t64 instead of c128: K groups along channels)
+//   canonical name   k4v2_c128_v64_p128_d128[_norm]   (t64, not c128: K groups along channels)
 #pragma once
 
 #include <charconv>
@@ -51,7 +51,7 @@ namespace format {
 // Largest code of a width: 15 or 3.
 constexpr int max_code(int bits) { return (1 << bits) - 1; }
 
-// One broken rule: the field, its value and what it may be. `field == nullptr` means none is broken.
+// One broken rule: the field, its value and what it may be. `field == nullptr`: none is broken.
 struct BrokenRule {
   const char* field = nullptr;
   int value = 0;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The scalar quantiser: the definition that every back end reproduces bit for bit.
 //   value ~ code * scale + zero      code in [0, 2^bits - 1]; scale, zero fp16, one pair per group
-// All arithmetic is IEEE fp32, round to nearest. Products are exact or not added to (fusing them into
-// a sum changes nothing) and no fp32 subnormal arises (nor does flushing them). Asymmetric as in the
-// BitDecoding paper, with NaN, overflow, constant groups and first tokens made exact.
+// All arithmetic is IEEE fp32, round to nearest. Products are exact or not added to (fusing them
+// into a sum changes nothing) and no fp32 subnormal arises (nor does flushing them). Asymmetric as
+// in the BitDecoding paper, with NaN, overflow, constant groups and first tokens made exact.
 #pragma once
 
 #include <bit>

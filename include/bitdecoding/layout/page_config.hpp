@@ -7,6 +7,10 @@
 
 namespace bitdecoding::layout {
 
+// Sizes of the largest legal format: what fixed buffers must hold.
+inline constexpr int kMaxPageTokens = 128;
+inline constexpr int kMaxHeadDim = 128;
+
 struct PageConfig {
   int k_bits = 4;
   int v_bits = 4;

@@ -19,6 +19,7 @@ cudaError_t launch_pack(const PackProblem& problem, cudaStream_t stream, int* er
   constexpr int kSmem_bytes = sizeof(PackStorage<Row::config.head_dim>);
   static_assert(kSmem_bytes <= 48 * 1024, "more needs an opt-in attribute");
   const layout::PageRecord record(problem.format);
+  (void)cudaGetLastError();  // an earlier call's error is not ours
   pack_pages<Row><<<grid, kPackThreads, kSmem_bytes, stream>>>(problem, record, error_word);
   return cudaGetLastError();
 }

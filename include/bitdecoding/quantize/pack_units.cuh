@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// fp16 tile -> codes -> packed units. ldmatrix hands each lane the MMA's A fragment (V transposed on
-// the way), whose eight values are exactly the codes of one int4 word or of half an int2 word.
-//   in  sX (N,D) fp16, coders in shared memory      out  the units of the page, 16 or 8 bytes a lane
+// fp16 tile -> codes -> packed units. ldmatrix hands each lane the MMA's A fragment (V transposed
+// on the way), whose eight values are exactly the codes of one int4 word or of half an int2 word.
+//   in  sX (N,D) fp16, coders in shared memory    out  the units of the page, 16 or 8 bytes a lane
 #pragma once
 
 #include <cuda_fp16.h>

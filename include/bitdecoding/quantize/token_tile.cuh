@@ -12,11 +12,12 @@
 
 #include "bitdecoding/format/kv_format.hpp"
 #include "bitdecoding/format/quantizer.hpp"
+#include "bitdecoding/layout/page_config.hpp"
 #include "bitdecoding/quantize/token_rows.hpp"
 
 namespace bitdecoding::quantize {
 
-inline constexpr int kMaxPageTokens = 128;
+using layout::kMaxPageTokens;
 
 // (N,D). Rows are padded by 16 bytes: eight rows start in eight different 16-byte bank groups.
 template <int HeadDim>

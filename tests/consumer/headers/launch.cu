@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A kernel of one's own row, instantiated and launched from headers alone. Launching nothing (no tokens)
-// succeeds on every machine; the launch of real tokens is tested on a GPU with the library.
+// A kernel of one's own row, instantiated and launched from headers alone. Launching nothing (no
+// tokens) succeeds on every machine; the launch of real tokens is tested on a GPU with the library.
 #include <bitdecoding/quantize/pack_launch.cuh>
 
 struct my_pack {

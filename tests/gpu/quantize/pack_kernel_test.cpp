@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA pack writes the bytes of the CPU pack: every legal format, fp16 and bf16, all families of
-// values, ragged and padded rows, shuffled pages; nothing outside the pages it was given.
+// The CUDA pack writes the bytes of the CPU pack: every legal format, fp16 and bf16, all families
+// of values, ragged and padded rows, shuffled pages; nothing outside the pages it was given.
 #include <doctest.h>
 
 #include <algorithm>
