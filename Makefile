@@ -8,7 +8,7 @@
 #   DEMO=--quick               arguments of the demo               PRESET=dev    of CMakePresets.json
 VENV := .venv
 PYTHON ?= $(or $(shell cat $(VENV)/python.txt 2>/dev/null),python3)
-TORCH ?= $(shell cat $(VENV)/torch.txt 2>/dev/null || grep '^torch==' constraints.txt)
+TORCH ?= $(or $(shell cat $(VENV)/torch.txt 2>/dev/null),$(shell grep '^torch==' constraints.txt))
 PRESET ?= dev
 KERNELS ?= *
 JOBS ?= $(shell nproc)
@@ -58,8 +58,9 @@ clean:
 	find build -mindepth 1 -maxdepth 1 ! -name toolchain -exec rm -rf {} + 2>/dev/null || true
 	rm -rf dist python/bitdecoding/_ext*
 
-# .venv again when its Python, its torch or a pinned version is another.
-ifneq ($(PYTHON) $(TORCH),$(shell cat $(VENV)/python.txt $(VENV)/torch.txt 2>/dev/null))
+# .venv again when its Python, its torch or a pinned version is another. A torch that was asked for
+# (torch.txt) is asked for again; otherwise the pin of constraints.txt counts.
+ifneq ($(PYTHON) $(TORCH),$(shell cat $(VENV)/holds.txt 2>/dev/null))
 .PHONY: $(VENV)/installed
 endif
 $(VENV)/installed: constraints.txt
@@ -70,8 +71,9 @@ $(VENV)/installed: constraints.txt
 	$(BIN)/python -m pip install $(TORCH)
 	grep -v '^torch==' constraints.txt >$(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --requirement $(VENV)/constraints.txt
-	echo '$(TORCH)' >$(VENV)/torch.txt
 	echo '$(PYTHON)' >$(VENV)/python.txt
+	$(if $(filter file,$(origin TORCH)),,echo '$(TORCH)' >$(VENV)/torch.txt)
+	echo '$(PYTHON) $(TORCH)' >$(VENV)/holds.txt
 	touch $@
 
 # Metadata, console script and a path to python/; CMake builds the module (see build).

@@ -56,6 +56,11 @@ macro(bitdecoding_choose_nvcc)
   if(NOT BITDECODING_CUDA MATCHES "^(auto|system|pypi|off)$")
     message(FATAL_ERROR "bitdecoding: BITDECODING_CUDA = '${BITDECODING_CUDA}'; allowed: auto, system, pypi, off")
   endif()
+  # CMake keeps a tree's first compiler whatever is asked later.
+  if(DEFINED BITDECODING_CONFIGURED_CUDA AND NOT BITDECODING_CUDA STREQUAL BITDECODING_CONFIGURED_CUDA)
+    message(FATAL_ERROR "bitdecoding: BITDECODING_CUDA = '${BITDECODING_CUDA}', but ${CMAKE_BINARY_DIR} was configured "
+      "with '${BITDECODING_CONFIGURED_CUDA}'; allowed: the same, another build directory, or cmake --fresh")
+  endif()
   set(BITDECODING_NVCC "")
   if(BITDECODING_CUDA MATCHES "^(auto|system)$")
     bitdecoding_find_system_nvcc(BITDECODING_NVCC)
@@ -74,6 +79,7 @@ macro(bitdecoding_choose_nvcc)
     set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}" CACHE FILEPATH "host compiler of nvcc")
     set(CMAKE_CUDA_ARCHITECTURES "80-real;90a-real" CACHE STRING "machine code only: drivers reject newer PTX")
   endif()
+  set(BITDECODING_CONFIGURED_CUDA "${BITDECODING_CUDA}" CACHE INTERNAL "what chose this tree's CUDA compiler")
 endmacro()
 
 # bitdecoding::cudart, the static runtime of this compiler (find_package(CUDAToolkit) would want the shared one).

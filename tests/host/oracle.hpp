@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decode attention in float64, one scalar at a time, over the codes and rows that a cache holds,
-// and how far an fp32 implementation may be from it. Pages are read by PageReader, not by the library.
+// and how far fp32 may be from it. Pages are read by PageReader, not by the library.
 #pragma once
 
 #include <algorithm>
