@@ -8,13 +8,16 @@ nothing with ours but the K and V of the prefill that fill both.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import gguf
 import torch
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,7 +69,10 @@ def load_model(path: Path, device: str) -> tuple[Any, Any]:
     transformers_logging.disable_progress_bar()
     directory, options = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
     dtype = torch.float32 if device == "cpu" else torch.float16
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars that cannot be turned off
+    with (
+        contextlib.redirect_stderr(io.StringIO()),  # progress bars that cannot be turned off
+        mock.patch("gguf.GGUFReader", functools.cache(gguf.GGUFReader)),  # else parsed four times
+    ):
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(directory, **options)
     return model.to(device).eval(), tokenizer

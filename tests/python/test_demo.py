@@ -113,6 +113,7 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_agreement() -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
     from bitdecoding.demo_run import agreement
 
     reference = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
