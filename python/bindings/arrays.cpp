@@ -211,11 +211,4 @@ TokenRuns TokenArrays::runs() const {
           .num_tokens = data_or_null(num_tokens_)};
 }
 
-int checked_threads(int threads) {
-  if (threads < 0) {
-    refuse_value("threads = ", threads, "; allowed: 0 (one per hardware thread) or more");
-  }
-  return threads;
-}
-
 }  // namespace bitdecoding::python

@@ -112,6 +112,4 @@ class TokenArrays {
   std::optional<Array> num_tokens_;
 };
 
-int checked_threads(int threads);
-
 }  // namespace bitdecoding::python

@@ -28,10 +28,16 @@ void run(const Work& work) {
 
 }  // namespace
 
-nb::tuple sequence_extents(const KvFormat& format, int keep_last, int max_tokens) {
-  const int pages =
-      packed_tokens(max_tokens, keep_last, format.page_tokens, 0) / format.page_tokens;
-  return nb::make_tuple(pages, min_tail_tokens(keep_last, format.page_tokens, 1));
+nb::tuple sequence_extents(const KvFormat& format, int keep_first, int keep_last, int max_tokens) {
+  const int page_tokens = format.page_tokens;
+  const PagedKvCache empty{.format = format,
+                           .keep_first = keep_first,
+                           .keep_last = keep_last,
+                           .num_kv_heads = 1,
+                           .tail_tokens = min_tail_tokens(keep_last, page_tokens, 1)};
+  throw_if_error(validate(empty));
+  return nb::make_tuple(packed_tokens(max_tokens, keep_last, page_tokens, 0) / page_tokens,
+                        empty.tail_tokens);
 }
 
 CacheArrays::CacheArrays(const KvFormat& format, int keep_first, int keep_last, nb::handle pool,
@@ -87,11 +93,12 @@ void CacheArrays::append(nb::handle k, nb::handle v, nb::handle leftpad, nb::han
   const TokenArrays tokens(k, v, leftpad, num_tokens, cache_.num_kv_heads, cache_.format.head_dim);
   tokens.k_array().expect_on(pool_);
   expect_cpu("append");
-  const AppendProblem problem{
-      .cache = cache_, .k = tokens.k(), .v = tokens.v(), .runs = tokens.runs()};
-  throw_if_error(validate(problem));
-  expect_room(problem.runs, max_tokens);
-  const CpuExecution execution{.threads = checked_threads(threads)};
+  const AppendProblem problem{.cache = cache_,
+                              .k = tokens.k(),
+                              .v = tokens.v(),
+                              .runs = tokens.runs(),
+                              .max_tokens = max_tokens};
+  const CpuExecution execution{.threads = threads};
   run([&] { return append_tokens(problem, execution); });
 }
 
@@ -126,7 +133,7 @@ void CacheArrays::decode(nb::handle q, nb::handle out, nb::handle lse, double so
     problem.lse = log_sums->writable<float>();
   }
   expect_cpu("decode");
-  const CpuExecution execution{.threads = checked_threads(threads)};
+  const CpuExecution execution{.threads = threads};
   run([&] { return bitdecoding::decode_attention(problem, execution); });
 }
 
@@ -140,16 +147,6 @@ void CacheArrays::expect_cpu(const char* operation) const {
   throw_if_error(Status(StatusCode::unsupported,
                         join(operation, ": this release has no CUDA kernel for it; arrays on ",
                              device_name(pool_.device()), "; allowed: cpu")));
-}
-
-void CacheArrays::expect_room(const TokenRuns& runs, int max_tokens) const {
-  for (int b = 0; b < runs.batch; ++b) {
-    const std::int64_t length = std::int64_t{cache_.lengths[b]} + runs.count(b);
-    if (length > max_tokens) {
-      refuse_value("k: ", runs.count(b), " tokens after the ", cache_.lengths[b], " of sequence ",
-                   b, " make ", length, "; allowed: ", max_tokens, " (max_tokens)");
-    }
-  }
 }
 
 }  // namespace bitdecoding::python

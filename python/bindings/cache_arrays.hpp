@@ -13,7 +13,7 @@
 namespace bitdecoding::python {
 
 // Pages and rows of the tail ring that one sequence of up to max_tokens tokens ever needs.
-nb::tuple sequence_extents(const KvFormat& format, int keep_last, int max_tokens);
+nb::tuple sequence_extents(const KvFormat& format, int keep_first, int keep_last, int max_tokens);
 
 class CacheArrays {
  public:
@@ -31,7 +31,6 @@ class CacheArrays {
 
  private:
   void expect_cpu(const char* operation) const;
-  void expect_room(const TokenRuns& runs, int max_tokens) const;
 
   Array pool_;
   Array side_;

@@ -8,26 +8,64 @@
 
 namespace bitdecoding::python {
 
-KvFormat make_kv_format(int k_bits, int v_bits, std::string_view k_axis, int k_group, int v_group,
-                        int page_tokens, int head_dim, bool token_norm) {
-  if (k_axis != "channel" && k_axis != "token") {
-    refuse_value("k_axis = '", k_axis, "'; allowed: 'channel', 'token'");
+namespace {
+
+struct IntField {
+  const char* name;
+  int KvFormat::* field;
+};
+
+constexpr IntField kIntFields[] = {
+    {"k_bits", &KvFormat::k_bits},           {"v_bits", &KvFormat::v_bits},
+    {"k_group", &KvFormat::k_group},         {"v_group", &KvFormat::v_group},
+    {"page_tokens", &KvFormat::page_tokens}, {"head_dim", &KvFormat::head_dim},
+};
+
+[[noreturn]] void refuse_field(const std::string& name, nb::handle value, const char* allowed) {
+  refuse_type(name, " = ", nb::repr(value).c_str(), "; allowed: ", allowed);
+}
+
+// std::string, int or bool
+template <class Value>
+Value field_value(const std::string& name, nb::handle value, const char* allowed) {
+  Value result;
+  if (!nb::try_cast(value, result)) refuse_field(name, value, allowed);
+  return result;
+}
+
+void set_field(const std::string& name, nb::handle value, KvFormat* format) {
+  for (const IntField& known : kIntFields) {
+    if (name != known.name) continue;
+    format->*known.field = field_value<int>(name, value, "an int");
+    return;
   }
-  const KvFormat format{.k_bits = k_bits,
-                        .v_bits = v_bits,
-                        .k_axis = k_axis == "channel" ? KAxis::channel : KAxis::token,
-                        .k_group = k_group,
-                        .v_group = v_group,
-                        .page_tokens = page_tokens,
-                        .head_dim = head_dim,
-                        .token_norm = token_norm};
+  if (name == "token_norm") {
+    format->token_norm = field_value<bool>(name, value, "a bool");
+  } else if (name == "k_axis") {
+    const auto axis = field_value<std::string>(name, value, "'channel', 'token'");
+    if (axis != "channel" && axis != "token") {
+      refuse_value("k_axis = '", axis, "'; allowed: 'channel', 'token'");
+    }
+    format->k_axis = axis == "channel" ? KAxis::channel : KAxis::token;
+  } else {
+    refuse_field(name, value,
+                 "k_bits, v_bits, k_axis, k_group, v_group, page_tokens, head_dim, token_norm");
+  }
+}
+
+}  // namespace
+
+KvFormat make_kv_format(const nb::kwargs& fields) {
+  KvFormat format;
+  for (const auto& [name, value] : fields) set_field(nb::cast<std::string>(name), value, &format);
   throw_if_error(validate(format));
   return format;
 }
 
-KvFormat parse(std::string_view name) {
+KvFormat parse(nb::handle name) {
   KvFormat format;
-  throw_if_error(parse_kv_format(name, &format));
+  const auto text = field_value<std::string>("name", name, "a str");
+  throw_if_error(parse_kv_format(text, &format));
   return format;
 }
 

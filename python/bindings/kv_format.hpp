@@ -5,7 +5,6 @@
 #include <nanobind/nanobind.h>
 
 #include <string>
-#include <string_view>
 
 #include "bitdecoding/format/kv_format.hpp"
 
@@ -13,9 +12,8 @@ namespace bitdecoding::python {
 
 namespace nb = nanobind;
 
-KvFormat make_kv_format(int k_bits, int v_bits, std::string_view k_axis, int k_group, int v_group,
-                        int page_tokens, int head_dim, bool token_norm);
-KvFormat parse(std::string_view name);
+KvFormat make_kv_format(const nb::kwargs& fields);
+KvFormat parse(nb::handle name);
 std::string axis_name(const KvFormat& format);
 std::string repr(const KvFormat& format);
 nb::tuple reduce(const KvFormat& format);  // pickle's (callable, arguments)

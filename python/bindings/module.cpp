@@ -4,7 +4,6 @@
 #include <nanobind/operators.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/string_view.h>
 
 #include "bitdecoding/layout/page_record.hpp"
 #include "cache_arrays.hpp"
@@ -18,7 +17,6 @@ namespace {
 using nb::literals::operator""_a;
 
 void bind_kv_format(nb::module_& module) {
-  const KvFormat defaults;
   nb::class_<KvFormat>(
       module, "KvFormat", nb::is_final(),
       R"(What the codes of a packed KV cache mean, as one immutable, hashable value.
@@ -38,12 +36,14 @@ head_dim : channels of a head: 64 or 128
 token_norm : K is coded divided by its token's norm, which then multiplies the score
 
 Raises ValueError naming the field, its value and what is allowed.)")
-      .def(nb::new_(&make_kv_format), nb::kw_only(), "k_bits"_a = defaults.k_bits,
-           "v_bits"_a = defaults.v_bits, "k_axis"_a = axis_name(defaults),
-           "k_group"_a = defaults.k_group, "v_group"_a = defaults.v_group,
-           "page_tokens"_a = defaults.page_tokens, "head_dim"_a = defaults.head_dim,
-           "token_norm"_a = defaults.token_norm)
-      .def_static("parse", &parse, "name"_a,
+      .def_static("__new__", [](nb::handle, const nb::kwargs& f) { return make_kv_format(f); })
+      .def(
+          "__init__", [](nb::handle, const nb::kwargs&) {},
+          nb::sig("def __init__(self, *, k_bits: int = 4, v_bits: int = 4, "
+                  "k_axis: str = 'channel', k_group: int = 128, v_group: int = 128, "
+                  "page_tokens: int = 128, head_dim: int = 128, token_norm: bool = False) "
+                  "-> None"))
+      .def_static("parse", &parse, "name"_a.none(), nb::sig("def parse(name: str) -> KvFormat"),
                   "The format of a canonical name such as 'k4v2_c128_v64_p128_d128' or "
                   "'k2v2_t32_v32_p64_d64_norm'. Raises ValueError.")
       .def_ro("k_bits", &KvFormat::k_bits, "Bits per K code.")
@@ -81,11 +81,12 @@ void bind_cache_arrays(nb::module_& module) {
       .def("decode", &CacheArrays::decode, "q"_a.none(), "out"_a.none(), nb::kw_only(),
            "lse"_a.none(), "softmax_scale"_a, "threads"_a)
       .def("check", &CacheArrays::check);
-  module.def("sequence_extents", &sequence_extents, "format"_a, nb::kw_only(), "keep_last"_a,
-             "max_tokens"_a,
-             nb::sig("def sequence_extents(format: KvFormat, *, keep_last: int, "
+  module.def("sequence_extents", &sequence_extents, "format"_a, nb::kw_only(), "keep_first"_a,
+             "keep_last"_a, "max_tokens"_a,
+             nb::sig("def sequence_extents(format: KvFormat, *, keep_first: int, keep_last: int, "
                      "max_tokens: int) -> tuple[int, int]"),
-             "Pages, and rows of the tail ring, that a sequence of up to max_tokens tokens needs.");
+             "Pages, and rows of the tail ring, that a sequence of up to max_tokens tokens needs. "
+             "Raises ValueError for zones that no cache of the format has.");
 }
 
 }  // namespace

@@ -53,7 +53,7 @@ void pack_arrays(nb::handle k, nb::handle v, nb::handle pool, nb::handle block_t
                             .block_table = static_cast<const std::int32_t*>(table.data()),
                             .max_pages = table.extent(1),
                             .first_page = data_or_null(first)};
-  const CpuExecution on_cpu{.threads = checked_threads(threads)};
+  const CpuExecution on_cpu{.threads = threads};
   Status status;
   if (pages.device().is_cuda) {
     std::optional<Array> word;

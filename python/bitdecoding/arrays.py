@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
+
+from bitdecoding._ext import KvFormat
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -18,15 +21,32 @@ ArrayT = TypeVar("ArrayT")
 LARGEST = 2**30  # of a count of tokens, heads or sequences: sums of two still fit an int32
 
 
-def count(name: str, value: int, *, least: int) -> int:
+def count(name: str, value: int, *, least: int, most: int = LARGEST) -> int:
     """`value` as an int; ValueError or TypeError names it where it isn't a count."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} = {value!r}; allowed: an int, {least} or more") from None
-    if not least <= number <= LARGEST:
-        raise ValueError(f"{name} = {number}; allowed: {least} to {LARGEST}")
+    if not least <= number <= most:
+        raise ValueError(f"{name} = {number}; allowed: {least} to {most}")
     return number
+
+
+def real(name: str, value: float) -> float:
+    """`value` as a float; TypeError names it where it isn't a number."""
+    try:
+        return math.ldexp(value, 0)  # unlike float() it reads no text
+    except (TypeError, OverflowError):
+        raise TypeError(f"{name} = {value!r}; allowed: a finite number") from None
+
+
+def as_format(format: KvFormat | str) -> KvFormat:
+    """The format that a `KvFormat` or its canonical name means."""
+    if isinstance(format, KvFormat):
+        return format
+    if isinstance(format, str):
+        return KvFormat.parse(format)
+    raise TypeError(f"format = {format!r}; allowed: a KvFormat or its canonical name")
 
 
 def torch_of(array: object) -> Any | None:

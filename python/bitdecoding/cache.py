@@ -12,11 +12,13 @@ from bitdecoding._ext import CacheArrays, KvFormat, sequence_extents
 from bitdecoding.arrays import (
     Array,
     ArrayT,
+    as_format,
     count,
     device_name,
     empty_floats,
     empty_like,
     on_device,
+    real,
     zeros,
 )
 
@@ -60,14 +62,16 @@ class PagedKvCache:
         keep_last: int = 64,
         device: object = "cpu",
     ) -> None:
-        format = KvFormat.parse(format) if isinstance(format, str) else format
+        format = as_format(format)
         batch = count("batch", batch, least=1)
         heads = count("num_kv_heads", num_kv_heads, least=1)
         max_tokens = count("max_tokens", max_tokens, least=0)
         keep_first = count("keep_first", keep_first, least=0)
         keep_last = count("keep_last", keep_last, least=0)
         where = device_name(device)
-        pages, tail_tokens = sequence_extents(format, keep_last=keep_last, max_tokens=max_tokens)
+        pages, tail_tokens = sequence_extents(
+            format, keep_first=keep_first, keep_last=keep_last, max_tokens=max_tokens
+        )
 
         side_shape = (batch, heads, 2, keep_first + tail_tokens, format.head_dim)
         page_ids = np.arange(batch * pages, dtype=np.int32).reshape(batch, pages)
@@ -112,11 +116,13 @@ class PagedKvCache:
         lengths : int32 (batch,), tokens of each sequence
         packed : int32 (batch,), how many of them are in pages; a multiple of page_tokens
 
+        Sequences may share pages that are packed already. Pages that an append packs and slots
+        belong to one sequence each; append refuses others (`pack_pages` doesn't look).
         `max_tokens` is what the columns of the block table suffice for.
         """
         cache = cls.__new__(cls)
         cache._hold(
-            format=KvFormat.parse(format) if isinstance(format, str) else format,
+            format=as_format(format),
             pool=pool,
             side=side,
             block_table=block_table,
@@ -163,7 +169,7 @@ class PagedKvCache:
             leftpad=leftpad,
             num_tokens=num_tokens,
             max_tokens=self._max_tokens,
-            threads=threads,
+            threads=count("threads", threads, least=0),
         )
 
     @overload
@@ -210,13 +216,16 @@ class PagedKvCache:
 
         Returns out, or (out, lse) with lse float32 (B, Hq, Sq). An empty sequence gives 0 and -inf.
         """
+        threads = count("threads", threads, least=0)
+        scale = 1 / math.sqrt(self._format.head_dim)
+        if softmax_scale is not None:
+            scale = real("softmax_scale", softmax_scale)
         result = empty_like(q, "q") if out is None else out
         lse: Array | None = None
         if return_softmax_lse:
             shape = getattr(q, "shape", ())
             batch, tokens, heads = (*shape, 0, 0, 0)[:3]  # a wrong rank is refused below
             lse = empty_floats(q, "q", (batch, heads, tokens))
-        scale = 1 / math.sqrt(self._format.head_dim) if softmax_scale is None else softmax_scale
         self._arrays.decode(q, result, lse=lse, softmax_scale=scale, threads=threads)
         return result if lse is None else (result, lse)
 

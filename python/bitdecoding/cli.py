@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import platform
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from bitdecoding import build_info
+from bitdecoding.arrays import LARGEST
 from bitdecoding.demo import DemoOptions, run_demo
 from bitdecoding.demo_assets import DemoError
 from bitdecoding.plan import ModelShape, sequence_bytes, sixteen_bit_bytes
@@ -61,25 +64,29 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads-kv", type=_positive, required=True)
     parser.add_argument("--head-dim", type=_positive, required=True)
     parser.add_argument("--context", type=_positive, default=32768, help="tokens of a sequence")
-    parser.add_argument("--memory", type=float, help="GB for the cache: how many sequences fit")
+    parser.add_argument("--memory", type=_gigabytes, help="GB for caches: how many fit")
     parser.add_argument("--format", action="append", help="a recipe or a canonical name; again")
     parser.add_argument("--keep-first", type=_count, default=16, help="first tokens in 16 bit")
     parser.add_argument("--keep-last", type=_count, default=64, help="newest tokens in 16 bit")
     parser.set_defaults(run=_plan)
 
 
-def _positive(text: str) -> int:
-    return _at_least(1, text)
+def _count(text: str, *, least: int = 0) -> int:
+    if not text.isdecimal() or not least <= float(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text}; allowed: {least} to {LARGEST}")
+    return int(text)
 
 
-def _count(text: str) -> int:
-    return _at_least(0, text)
+_positive = partial(_count, least=1)
 
 
-def _at_least(least: int, text: str) -> int:
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{value}; allowed: {least} or more")
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}; allowed: a number above 0")
     return value
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from bitdecoding._ext import KvFormat, pack_arrays
-from bitdecoding.arrays import Array, count, torch_of
+from bitdecoding.arrays import Array, as_format, count, torch_of
 
 # PackError of the library: the argument that was found bad on the device, and its rule.
 _PACK_ERRORS = {
@@ -67,13 +67,13 @@ def pack_pages(
         v,
         pool,
         block_table,
-        format=KvFormat.parse(format) if isinstance(format, str) else format,
+        format=as_format(format),
         keep_first=count("keep_first", keep_first, least=0),
         first_page=first_page,
         leftpad=leftpad,
         num_tokens=num_tokens,
-        threads=threads,
-        stream=stream,
+        threads=count("threads", threads, least=0),
+        stream=None if stream is None else count("stream", stream, least=0, most=2**64 - 1),
         error_word=error_word,
     )
     if error_word is not None:

@@ -28,7 +28,9 @@ def sequence_bytes(
 ) -> int:
     """Bytes allocated for one sequence of at most ``tokens`` tokens: pages, the two 16-bit zones
     (first and newest tokens) and its entries in the tables."""
-    pages, tail = sequence_extents(format, keep_last=keep_last, max_tokens=tokens)
+    pages, tail = sequence_extents(
+        format, keep_first=keep_first, keep_last=keep_last, max_tokens=tokens
+    )
     side = 2 * (keep_first + tail) * shape.head_dim * 2  # K and V, fp16
     tables = 4 * (pages + 3)  # int32: block table, slot, length, packed
     return shape.layers * (shape.heads_kv * (pages * format.page_bytes() + side) + tables)

@@ -19,6 +19,7 @@ tokens in 16 bit, against a 16-bit cache (``demo_run.py``):
 from __future__ import annotations
 
 from bitdecoding import KvFormat
+from bitdecoding.arrays import as_format
 
 # name: (k_bits, v_bits, k_group in tokens, v_group in channels; None = the whole head)
 RECIPES: dict[str, tuple[int, int, int, int | None]] = {
@@ -32,7 +33,7 @@ def resolve_format(format: KvFormat | str, head_dim: int) -> KvFormat:
     """The format that a user means, for heads of ``head_dim`` channels.
 
     ``format`` is a :class:`KvFormat`, its canonical name, or a key of :data:`RECIPES`.
-    Raises ValueError for an unknown name and for a format of another head_dim.
+    Raises ValueError for an unknown name and for a format of another head_dim, or TypeError.
     """
     if isinstance(format, str) and format in RECIPES:
         k_bits, v_bits, k_group, v_group = RECIPES[format]
@@ -43,11 +44,10 @@ def resolve_format(format: KvFormat | str, head_dim: int) -> KvFormat:
             v_group=v_group or head_dim,
             head_dim=head_dim,
         )
-    if isinstance(format, str):
-        try:
-            format = KvFormat.parse(format)
-        except ValueError as error:
-            raise ValueError(f"{error}; or one of {', '.join(RECIPES)}") from None
+    try:
+        format = as_format(format)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}; or one of {', '.join(RECIPES)}") from None
     if format.head_dim != head_dim:
         raise ValueError(
             f"format = {format}: head_dim {format.head_dim}; this model has {head_dim}"

@@ -16,6 +16,8 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from bitdecoding import KvFormat, PagedKvCache
+from bitdecoding._ext import sequence_extents
+from bitdecoding.arrays import count
 from bitdecoding.recipes import resolve_format
 
 try:
@@ -71,7 +73,14 @@ class LowBitCache(Cache):  # type: ignore[misc]
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         self.format = resolve_format(format, head_dim)
         self._columns = Columns()
-        settings = {"keep_first": keep_first, "keep_last": keep_last}
+        threads = count("threads", threads, least=0)
+        settings = {
+            "keep_first": count("keep_first", keep_first, least=0),
+            "keep_last": count("keep_last", keep_last, least=0),
+        }
+        if max_tokens is not None:
+            max_tokens = count("max_tokens", max_tokens, least=1)
+        sequence_extents(self.format, **settings, max_tokens=max_tokens or 1)  # refuses bad zones
         super().__init__(
             layers=[
                 _LowBitLayer(self.format, self._columns, max_tokens, threads, settings)
@@ -137,7 +146,7 @@ class _LowBitLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         if self.seen:
             raise ValueError(f"batch = {batch}; the cache is filled with {self.batch_size} rows")
-        room = self.max_tokens or _ahead(tokens)
+        room = _ahead(tokens) if self.max_tokens is None else self.max_tokens
         self.cache = PagedKvCache(
             self.format,
             batch=batch,
@@ -229,7 +238,7 @@ class _LowBitLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
-        return self.max_tokens or -1
+        return -1 if self.max_tokens is None else self.max_tokens
 
     def reset(self) -> None:
         if self.cache is not None:

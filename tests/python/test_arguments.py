@@ -66,6 +66,12 @@ BAD_APPENDS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"leftpad": [0, 0]}, TypeError, ["leftpad = list", "NumPy array"]),
     ({"leftpad": ints(0, -1)}, ValueError, ["leftpad[1] = -1", "0 to 9"]),
     ({"leftpad": ints(10, 0)}, ValueError, ["leftpad[0] = 10", "0 to 9"]),
+    (
+        {"k": rows(B, 50, H, 64), "v": rows(B, 50, H, 64), "leftpad": ints(-1, 0)},
+        ValueError,
+        ["leftpad[0] = -1"],
+    ),
+    ({"leftpad": ints(-(2**31), 0)}, ValueError, ["leftpad[0] = -2147483648", "0 to 9"]),
     ({"num_tokens": ints(0, 10)}, ValueError, ["num_tokens[1] = 10", "0 to 9"]),
     ({"num_tokens": ints(-1, 1)}, ValueError, ["num_tokens[0] = -1", "0 to 9"]),
     (
@@ -75,6 +81,8 @@ BAD_APPENDS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ),
     ({"num_tokens": ints(1, 9, 1, 9)[::2]}, ValueError, ["num_tokens: strides = (2,)", "contig"]),
     ({"threads": -1}, ValueError, ["threads = -1", "0"]),
+    ({"threads": 1.5}, TypeError, ["threads = 1.5", "int"]),
+    ({"threads": 2**40}, ValueError, ["threads = 1099511627776", "0 to"]),
     ({"k": rows(B, 51, H, 64), "v": rows(B, 51, H, 64)}, ValueError, ["201", "200 (max_tokens)"]),
 ]
 
@@ -94,7 +102,10 @@ BAD_DECODES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"out": [0.0]}, TypeError, ["out = list", "NumPy array"]),
     ({"softmax_scale": float("nan")}, ValueError, ["softmax_scale = nan", "finite"]),
     ({"softmax_scale": float("inf")}, ValueError, ["softmax_scale = inf", "finite"]),
+    ({"softmax_scale": "1"}, TypeError, ["softmax_scale = '1'", "number"]),
+    ({"softmax_scale": 10**400}, TypeError, ["softmax_scale = 1", "number"]),
     ({"threads": -2}, ValueError, ["threads = -2", "0"]),
+    ({"threads": None}, TypeError, ["threads = None", "int"]),
 ]
 
 BAD_PACKS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
@@ -139,9 +150,13 @@ BAD_PACKS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"keep_first": -1}, ValueError, ["keep_first = -1", "0"]),
     ({"keep_first": 1.5}, TypeError, ["keep_first = 1.5", "int"]),
     ({"format": "k3"}, ValueError, ["format = 'k3'", "allowed"]),
+    ({"format": 4}, TypeError, ["format = 4", "KvFormat"]),
     ({"stream": 1}, ValueError, ["stream = 1", "None", "cpu"]),
+    ({"stream": "0"}, TypeError, ["stream = '0'", "int"]),
+    ({"stream": -1}, ValueError, ["stream = -1", "0 to"]),
     ({"num_tokens": ints(129, 0)}, ValueError, ["num_tokens[0] = 129", "0 to 128"]),
     ({"threads": -1}, ValueError, ["threads = -1"]),
+    ({"threads": "2"}, TypeError, ["threads = '2'", "int"]),
 ]
 
 
@@ -202,6 +217,8 @@ def test_pack(bad: dict[str, Any], error: type[Exception], words: list[str]) -> 
 
 BAD_CACHES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"format": "int4"}, ValueError, ["format = 'int4'"]),
+    ({"format": None}, TypeError, ["format = None", "KvFormat"]),
+    ({"format": 128}, TypeError, ["format = 128", "KvFormat"]),
     ({"batch": 0}, ValueError, ["batch = 0", "1 to"]),
     ({"batch": 2.0}, TypeError, ["batch = 2.0", "int"]),
     ({"num_kv_heads": -1}, ValueError, ["num_kv_heads = -1", "1 to"]),
@@ -209,6 +226,7 @@ BAD_CACHES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"max_tokens": 2**40}, ValueError, ["max_tokens = 1099511627776", "0 to"]),
     ({"keep_first": 65}, ValueError, ["keep_first = 65", "page_tokens (64)"]),
     ({"keep_last": -1}, ValueError, ["keep_last = -1", "0 to"]),
+    ({"keep_last": 2**29}, ValueError, ["keep_last = 536870912", "0 to"]),
     ({"device": "tpu"}, ValueError, ["device = 'tpu'", "'cpu'"]),
     ({"device": "cuda:x"}, ValueError, ["device = 'cuda:x'", "'cpu'"]),
 ]
@@ -223,7 +241,8 @@ def test_cache(bad: dict[str, Any], error: type[Exception], words: list[str]) ->
 def wrapped(**bad: Any) -> PagedKvCache:
     cache = filled_cache()
     arrays = {name: getattr(cache, name) for name in ARRAYS}
-    return PagedKvCache.wrap(F, **{**arrays, "keep_first": 4, "keep_last": 10, **bad})
+    named = {"format": F, **arrays, "keep_first": 4, "keep_last": 10, **bad}
+    return PagedKvCache.wrap(**named)
 
 
 BAD_WRAPS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
@@ -254,6 +273,8 @@ BAD_WRAPS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"packed": ints(0)}, ValueError, ["packed: shape = (1,)", "(2,)"]),
     ({"packed": [0, 0]}, TypeError, ["packed = list"]),
     ({"keep_first": 100}, ValueError, ["keep_first = 100", "page_tokens (64)"]),
+    ({"keep_first": "4"}, TypeError, ["keep_first = '4'", "int"]),
+    ({"format": 5}, TypeError, ["format = 5", "KvFormat"]),
     ({"keep_last": 17}, ValueError, ["tail_tokens = 80", "96 or more"]),
 ]
 
@@ -261,6 +282,29 @@ BAD_WRAPS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
 @pytest.mark.parametrize(("bad", "error", "words"), BAD_WRAPS, ids=name_of)
 def test_wrap(bad: dict[str, Any], error: type[Exception], words: list[str]) -> None:
     expect_refusal(lambda: wrapped(**bad), error, words, bytes)
+
+
+BAD_FORMATS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
+    ({"k_bits": 4.0}, TypeError, ["k_bits = 4.0", "int"]),
+    ({"v_bits": 3}, ValueError, ["v_bits = 3", "2, 4"]),
+    ({"k_group": None}, TypeError, ["k_group = None", "int"]),
+    ({"page_tokens": 2**40}, TypeError, ["page_tokens = 1099511627776", "int"]),
+    ({"head_dim": "64"}, TypeError, ["head_dim = '64'", "int"]),
+    ({"k_axis": 1}, TypeError, ["k_axis = 1", "'channel', 'token'"]),
+    ({"k_axis": "head"}, ValueError, ["k_axis = 'head'", "'channel', 'token'"]),
+    ({"token_norm": 2}, TypeError, ["token_norm = 2", "bool"]),
+    ({"bits": 4}, TypeError, ["bits = 4", "k_bits, v_bits"]),
+]
+
+
+@pytest.mark.parametrize(("bad", "error", "words"), BAD_FORMATS, ids=name_of)
+def test_format(bad: dict[str, Any], error: type[Exception], words: list[str]) -> None:
+    expect_refusal(lambda: KvFormat(**bad), error, words, bytes)
+
+
+@pytest.mark.parametrize("name", [None, 4, b"k4v4_c128_v128_p128_d128"])
+def test_format_name(name: Any) -> None:
+    expect_refusal(lambda: KvFormat.parse(name), TypeError, [f"name = {name}", "str"], bytes)
 
 
 def test_read_only_inputs_are_welcome() -> None:
@@ -301,8 +345,6 @@ def test_damaged_tables_are_refused(array: str, value: int, b: int) -> None:
     words = [f"[{b}", str(value)]
     expect_refusal(cache.check, ValueError, words, state)
     expect_refusal(lambda: cache.decode(out, out=out), ValueError, words, state)
-    if array == "lengths" and value > 0:
-        words = [str(value), "max_tokens"]
     expect_refusal(lambda: cache.append(rows(), rows()), ValueError, words, state)
 
 

@@ -75,6 +75,7 @@ def test_plan_of_chosen_formats(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([*PLAN[:-1], "96"], "head_dim = 96"),
         ([*PLAN, "--format", "int3"], "int3"),
+        ([*PLAN, "--keep-first", "129"], "keep_first = 129; allowed: 0 to page_tokens (128)"),
     ],
 )
 def test_bad_values_exit_with_2(
@@ -87,11 +88,28 @@ def test_bad_values_exit_with_2(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["plan"], ["demo", "--steps", "0"], ["sing"], [*PLAN, "--keep-last=-1"]]
+    "arguments",
+    [
+        [],
+        ["plan"],
+        ["demo", "--steps", "0"],
+        ["sing"],
+        [*PLAN, "--keep-last=-1"],
+        [*PLAN, "--keep-last", "99999999999"],
+        [*PLAN, "--context", "99999999999"],
+        [*PLAN, "--context", "1e3"],
+        [*PLAN, "--memory=-3"],
+        [*PLAN, "--memory", "nan"],
+        [*PLAN, "--memory", "inf"],
+        [*PLAN, "--memory", "much"],
+    ],
 )
-def test_bad_usage_exits_with_2(arguments: list[str]) -> None:
+def test_bad_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
+    if arguments[:-2] == PLAN:
+        option, value = arguments[-2:]
+        assert f"argument {option}: {value}; allowed: " in capsys.readouterr().err
 
 
 def test_demo_names_the_missing_extra(

@@ -57,3 +57,8 @@ def test_resolve_format(recipe: KvFormat | str, name: str) -> None:
 def test_formats_that_do_not_fit(recipe: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_format(recipe, 64)
+
+
+def test_format_of_another_type() -> None:
+    with pytest.raises(TypeError, match=r"format = 4; allowed: .*int4, k4v2, int2"):
+        resolve_format(4, 64)  # type: ignore[arg-type]

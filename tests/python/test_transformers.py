@@ -289,6 +289,25 @@ def test_formats_that_do_not_fit(model: Any, format: Any) -> None:
         LowBitCache(model.config, format)
 
 
+@pytest.mark.parametrize(
+    ("setting", "error", "message"),
+    [
+        ({"max_tokens": 0}, ValueError, "max_tokens = 0; allowed: 1 to"),
+        ({"max_tokens": -5}, ValueError, "max_tokens = -5; allowed: 1 to"),
+        ({"max_tokens": 8.0}, TypeError, "max_tokens = 8.0; allowed: an int"),
+        ({"keep_first": 999}, ValueError, "keep_first = 999; allowed: 0 to page_tokens"),
+        ({"keep_last": 2**29}, ValueError, "keep_last = 536870912; allowed: 0 to"),
+        ({"threads": -1}, ValueError, "threads = -1; allowed: 0 to"),
+        ({"format": None}, TypeError, "format = None; allowed: a KvFormat"),
+    ],
+)
+def test_settings_are_checked_at_once(
+    model: Any, setting: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        LowBitCache(model.config, **setting)
+
+
 @pytest.mark.parametrize("other", ["sdpa", "eager"])
 def test_another_attention_implementation_is_an_error(model: Any, other: str) -> None:
     model.set_attn_implementation(other)
