@@ -55,13 +55,7 @@ def pack_pages(
     Raises ValueError, TypeError; NotImplementedError where the build has no kernel for the format;
     RuntimeError for an error of the CUDA driver.
     """
-    torch = torch_of(k)
-    error_word = None
-    if torch is not None and k.is_cuda and stream is None:
-        stream = torch.cuda.current_stream(k.device).cuda_stream
-        error_word = torch.zeros(4, dtype=torch.int32, device=k.device) if check else None
-    elif check and stream is not None:
-        raise ValueError(f"check = True with stream = {stream}; allowed: torch's current stream")
+    stream, error_word = _stream(k, stream, check)
     pack_arrays(
         k,
         v,
@@ -73,11 +67,24 @@ def pack_pages(
         leftpad=leftpad,
         num_tokens=num_tokens,
         threads=count("threads", threads, least=0),
-        stream=None if stream is None else count("stream", stream, least=0, most=2**64 - 1),
+        stream=stream,
         error_word=error_word,
     )
     if error_word is not None:
         _raise_pack_error(*error_word.tolist())
+
+
+def _stream(k: Array, stream: int | None, check: bool) -> tuple[int | None, Array | None]:
+    """The stream to pack on and, where that is torch's and `check` is set, an error word."""
+    torch = torch_of(k)
+    if stream is not None:
+        if check:
+            raise ValueError(f"check = True with stream = {stream}; allowed: stream = None")
+        return count("stream", stream, least=0, most=2**64 - 1), None
+    if torch is None or not k.is_cuda:
+        return None, None
+    error_word = torch.zeros(4, dtype=torch.int32, device=k.device) if check else None
+    return torch.cuda.current_stream(k.device).cuda_stream, error_word
 
 
 def _raise_pack_error(sequence: int, value: int, limit: int, kind: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import oracle
+import oracle_attention
 import pytest
 from cache_contents import poison_unattended, scattered_cache
 from samples import FORMATS, family
@@ -35,7 +36,7 @@ def assert_attends(
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     relative, absolute = ROUNDING[dtype]
     for b in range(len(q)):
-        exact = oracle.attention(q[b], oracle.attended(cache, b), scale)
+        exact = oracle_attention.attention(q[b], oracle_attention.attended(cache, b), scale)
         budget = exact.out_budget + relative * np.abs(exact.out) + absolute
         _assert_within(out[b], exact.out, budget, f"{cache!r}: out of sequence {b}")
         if lse is not None:

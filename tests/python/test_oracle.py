@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import oracle
+import oracle_attention
 import pytest
 from samples import FAMILIES, family, legal_formats
 
@@ -101,8 +102,10 @@ def test_quantised_values_are_near(kind: str, rng: np.random.Generator) -> None:
 
 def test_attention_on_paper() -> None:
     one = np.ones((2, 1, 1))
-    tokens = oracle.Attended(one * [[[0.0]], [[1.0]]], one * [[[3.0]], [[7.0]]], one, 7 * one)
-    result = oracle.attention(np.full((1, 1, 1), 2.0), tokens, 0.5)
+    tokens = oracle_attention.Attended(
+        one * [[[0.0]], [[1.0]]], one * [[[3.0]], [[7.0]]], one, 7 * one
+    )
+    result = oracle_attention.attention(np.full((1, 1, 1), 2.0), tokens, 0.5)
     weight = 1 / (1 + math.exp(-1))  # of the second token: its score is 1, the other's 0
     assert result.out[0, 0, 0] == pytest.approx(3 + 4 * weight)
     assert result.lse[0, 0] == pytest.approx(math.log(1 + math.e))
