@@ -66,6 +66,8 @@ class CacheResult:
 def run_demo(options: DemoOptions) -> int:
     """Runs everything and prints it; the process's exit code."""
     _require_packages()
+    if options.json is not None and not options.json.parent.is_dir():
+        raise DemoError(f"--json {options.json}: no such directory")
     started = time.perf_counter()
     facts, results = _measure(options)
     facts["seconds"]["total"] = round(time.perf_counter() - started, 1)
@@ -144,9 +146,10 @@ def _prepare(options: DemoOptions, progress: Any) -> tuple[Session, dict[str, An
 
         from bitdecoding import demo_run
 
+    device = _device(options.device)
     model_path = _file(options.model, MODEL, progress)
     text_path = _file(options.text, TEXT, progress)
-    device = _device(options.device)
+    text = _read(text_path)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     with _step(progress, f"load {model_path.name[:28]}"):
@@ -154,7 +157,6 @@ def _prepare(options: DemoOptions, progress: Any) -> tuple[Session, dict[str, An
     seconds["load"] = round(time.perf_counter() - start, 1)
 
     after = max(options.steps, options.new_tokens) + 1
-    text = text_path.read_text(encoding="utf-8")
     tokens = demo_run.tokenize(model, tokenizer, text, options.prompt_tokens, after)
     start = time.perf_counter()
     with _step(progress, f"prefill of {options.prompt_tokens} tokens"):
@@ -221,10 +223,19 @@ def _file(given: Path | None, asset: Asset, progress: Any) -> Path:
     return given
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DemoError(f"--text {path}: {error}") from None
+
+
 def _device(wanted: str) -> str:
     """'auto' is CUDA where there is a GPU and this build can decode on it."""
     import torch
 
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise DemoError("--device cuda: torch sees no CUDA device")
     if wanted != "auto":
         return wanted
     built = any(name.startswith("decode") for name in build_info()["kernels"])

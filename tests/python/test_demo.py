@@ -181,6 +181,17 @@ def test_a_run_within_the_16_bit_zones(
     assert "k2v2_c32_v32_p128_d64" in out
 
 
+def test_cuda_that_torch_cannot_see(
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run(tiny_model, tmp_path, "--device", "cuda") == (2, None)
+    assert "--device cuda: torch sees no CUDA device" in capsys.readouterr().err
+
+
 def test_a_run_over_pages(tiny_model: Path, tmp_path: Path) -> None:
     sizes = ["--prompt-tokens", "600", "--steps", "20", "--new-tokens", "4"]
     code, report = run(tiny_model, tmp_path, *sizes)
@@ -198,6 +209,9 @@ def test_a_run_over_pages(tiny_model: Path, tmp_path: Path) -> None:
         (["--prompt-tokens", "2000"], "room for 1024"),
         (["--prompt-tokens", "900", "--text", "short.txt"], "the text has"),
         (["--model", "nowhere"], "no such file"),
+        (["--text", "."], "--text .: "),
+        (["--text", "latin1.txt"], "--text latin1.txt: "),
+        (["--json", "nowhere/out.json"], "--json nowhere/out.json: no such directory"),
     ],
 )
 def test_what_cannot_run(
@@ -210,6 +224,7 @@ def test_what_cannot_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("Words, words, words.")
+    Path("latin1.txt").write_bytes(b"\xe9t\xe9")
     code, _ = run(tiny_model, tmp_path, "--steps", "4", "--new-tokens", "4", *arguments)
     assert code == 2
     assert message in capsys.readouterr().err
