@@ -208,7 +208,7 @@ class PagedKvCache:
         Parameters
         ----------
         q : (B, Sq, Hq, D) float16, bfloat16 or float32; unit last stride; Hq a multiple of H
-        softmax_scale : multiplies the scores; None: 1 / sqrt(D)
+        softmax_scale : multiplies the scores; finite, not 0; None: 1 / sqrt(D)
         out : contiguous array of q's shape, dtype and device to write to; None: a new one of q's
             library
         return_softmax_lse : also return the natural logarithm of the sum of exponentials

@@ -53,6 +53,8 @@ class LowBitCache(Cache):  # type: ignore[misc]
     keep_first, keep_last   first and newest tokens of a sequence that stay in 16 bit
     threads     of the CPU backend; 0 = all cores
 
+    For inference: no gradients pass through it.
+
     Raises NotImplementedError for models with sliding or chunked windows, cross attention, soft
     caps, latent attention or layers that share a cache; ValueError for a format that does not fit.
     """
