@@ -191,10 +191,12 @@ const std::int32_t* data_or_null(const std::optional<Array>& ints) {
 }
 
 TokenArrays::TokenArrays(nb::handle k, nb::handle v, nb::handle leftpad, nb::handle num_tokens,
-                         int num_kv_heads, int head_dim)
+                         const Array& pool, int head_dim)
     : k_(k, "k", Access::read), v_(v, "v", Access::read) {
   constexpr char kModes[] = "(batch, tokens, num_kv_heads, head_dim)";
+  const int num_kv_heads = pool.extent(1);
   k_.expect_shape(kModes, {kAny, kAny, num_kv_heads, head_dim}).expect_unit_stride();
+  k_.expect_on(pool);
   v_.expect_shape(kModes, {k_.extent(0), k_.extent(1), num_kv_heads, head_dim});
   v_.expect_unit_stride().expect_on(k_);
   leftpad_ = optional_ints(leftpad, "leftpad", k_.extent(0), k_);

@@ -98,8 +98,9 @@ const std::int32_t* data_or_null(const std::optional<Array>& ints);
 // k and v of one call (B, S, H, D), with the real tokens of each row.
 class TokenArrays {
  public:
+  // Beside `pool` (num_pages, num_kv_heads, page_bytes).
   TokenArrays(nb::handle k, nb::handle v, nb::handle leftpad, nb::handle num_tokens,
-              int num_kv_heads, int head_dim);
+              const Array& pool, int head_dim);
   const Array& k_array() const { return k_; }
   TokenRows k() const;
   TokenRows v() const;

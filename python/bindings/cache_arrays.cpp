@@ -90,8 +90,7 @@ int CacheArrays::capacity_tokens() const {
 
 void CacheArrays::append(nb::handle k, nb::handle v, nb::handle leftpad, nb::handle num_tokens,
                          int max_tokens, int threads) {
-  const TokenArrays tokens(k, v, leftpad, num_tokens, cache_.num_kv_heads, cache_.format.head_dim);
-  tokens.k_array().expect_on(pool_);
+  const TokenArrays tokens(k, v, leftpad, num_tokens, pool_, cache_.format.head_dim);
   expect_cpu("append");
   const AppendProblem problem{.cache = cache_,
                               .k = tokens.k(),

@@ -35,9 +35,8 @@ void pack_arrays(nb::handle k, nb::handle v, nb::handle pool, nb::handle block_t
   pages.expect_bytes().expect_contiguous().expect_address(layout::kSectionAlignment_bytes);
   pages.expect_shape("(num_pages, num_kv_heads, page_bytes)", {kAny, kAny, page_bytes(format)});
   const int heads = pages.extent(1);
-  const TokenArrays tokens(k, v, leftpad, num_tokens, heads, format.head_dim);
+  const TokenArrays tokens(k, v, leftpad, num_tokens, pages, format.head_dim);
   const int batch = tokens.k_array().extent(0);
-  tokens.k_array().expect_on(pages);
   const Array table(block_table, "block_table", Access::read);
   table.expect_int32().expect_shape("(batch, max_pages)", {batch, kAny});
   table.expect_contiguous().expect_on(pages);

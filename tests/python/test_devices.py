@@ -53,9 +53,9 @@ def test_two_devices_are_named() -> None:
     own, cache = PagedKvCache(F, batch=2, num_kv_heads=2, max_tokens=300), cuda_cache()
     ints = np.zeros(2, np.int32)
     with pytest.raises(ValueError, match="k: device = cuda:0; allowed: cpu, where pool is"):
-        own.append(tokens(0), tokens(0))
+        own.append(tokens(0), tokens(0), num_tokens=ints)
     with pytest.raises(ValueError, match="v: device = cpu; allowed: cuda:0, where k is"):
-        own.append(tokens(0), tokens())
+        cache.append(tokens(0), tokens())
     with pytest.raises(ValueError, match="num_tokens: device = cuda:1; allowed: cpu, where k is"):
         own.append(tokens(), tokens(), num_tokens=PretendedCuda(ints, 1))
     with pytest.raises(ValueError, match="k: device = cuda:1; allowed: cuda:0, where pool is"):
