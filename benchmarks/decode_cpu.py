@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention on the CPU: low-bit caches beside torch's SDPA in float32 on the same tokens.
 
-    python benchmarks/decode_cpu.py --output benchmarks/results/decode_cpu.json
+python benchmarks/decode_cpu.py --output benchmarks/results/decode_cpu.json
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict[
         )
         cache.append(k, v)
         calls[str(cache.format)] = lambda cache=cache: cache.decode(q, threads=args.threads)
-    return [case | {"kernel": name} | median_us(call, args.iterations) for name, call in calls.items()]
+    return [
+        case | {"kernel": name} | median_us(call, args.iterations) for name, call in calls.items()
+    ]
 
 
 def cpu_name() -> str:

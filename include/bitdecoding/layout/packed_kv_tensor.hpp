@@ -58,6 +58,26 @@ class PackedKvPage {
     return view<VUnit>(record_.v_codes(chunk), v_unit_layout<Config.v_bits, Config.head_dim>());
   }
 
+  // ---- parameters, as the 16-byte vectors that lanes read ----
+  // A channel-axis K group: lane t's pairs of all channels.
+  CUTE_HOST_DEVICE constexpr auto k_group_vectors(int group) const {  // (t,piece,scale|zero)
+    using namespace cute;
+    constexpr int kPieces = Config.head_dim / 32;
+    return view<uint4>(
+        record_.k_group_bytes() * group,
+        Layout<Shape<_4, Int<kPieces>, _2>, Stride<Int<kPieces>, _1, Int<4 * kPieces>>>{});
+  }
+  // A channel group of the first chunk's tokens 8i + g, i = 0..7.
+  CUTE_HOST_DEVICE constexpr auto k_token_vectors(int group) const {  // (g,scale|zero)
+    return token_vectors(record_.k_token_parameters(0), group);
+  }
+  CUTE_HOST_DEVICE constexpr auto v_token_vectors(int group) const {  // (g,scale|zero)
+    return token_vectors(record_.v_parameters(0), group);
+  }
+  CUTE_HOST_DEVICE constexpr auto norm_vectors() const {  // (g)
+    return view<uint4>(record_.token_norms(0), cute::Layout<cute::_8>{});
+  }
+
   // ---- parameters; elements of one group alias one fp16 ----
   CUTE_HOST_DEVICE constexpr auto k_scales() const { return k_parameters(0); }              // (N,D)
   CUTE_HOST_DEVICE constexpr auto k_zeros() const { return k_parameters(kKZeroDistance); }  // (N,D)
@@ -78,6 +98,12 @@ class PackedKvPage {
   template <class Element, class LayoutType>
   CUTE_HOST_DEVICE constexpr auto view(int offset_bytes, const LayoutType& layout) const {
     return cute::make_tensor(reinterpret_cast<Like<Element>*>(bytes_ + offset_bytes), layout);
+  }
+
+  CUTE_HOST_DEVICE constexpr auto token_vectors(int offset_bytes, int group) const {
+    using namespace cute;
+    return view<uint4>(offset_bytes + group * 2 * kChunkTokens * kParameter_bytes,
+                       Layout<Shape<_8, _2>, Stride<_1, _8>>{});
   }
 
   template <int Bits, class LayoutType>

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// PTX that CuTe has no name for, of sm_80 and newer.
+#pragma once
+
+#include <cstdint>
+
+namespace bitdecoding::arch {
+
+// The 8x8 matrix of 16-bit elements that a warp holds in MMA order, transposed.
+__device__ inline std::uint32_t transpose_8x8(std::uint32_t pair) {
+  std::uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
+// 2^x, to 2 ulp; -inf gives 0.
+__device__ inline float exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+// log2 x, x > 0.
+__device__ inline float log2(float x) {
+  float logarithm;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(logarithm) : "f"(x));
+  return logarithm;
+}
+
+}  // namespace bitdecoding::arch

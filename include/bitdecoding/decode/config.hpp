@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// DecodeConfig: what a decode kernel fixes at compile time, as one value.
+#pragma once
+
+#include "bitdecoding/layout/page_config.hpp"
+
+namespace bitdecoding::decode {
+
+enum class Arch {
+  sm80 = 80,  // cp.async ring; serves 8.0 to 8.9
+  sm90 = 90,  // bulk copies and mbarriers
+};
+
+struct DecodeConfig {
+  Arch arch = Arch::sm80;
+  layout::PageConfig page;
+  int query_columns = 8;  // (query tokens x query heads per KV head) of a tile: 8 or 16
+
+  friend constexpr bool operator==(const DecodeConfig&, const DecodeConfig&) = default;
+};
+
+// Tokens of a 16-bit tile: about the bytes of one packed chunk.
+inline constexpr int kZoneTokens = 16;
+// Rows of a 16-bit tile are padded in shared memory, so that eight rows meet eight bank groups.
+constexpr int zone_row_bytes(int head_dim) { return 2 * head_dim + 16; }
+constexpr int zone_tile_bytes(int head_dim) { return 2 * kZoneTokens * zone_row_bytes(head_dim); }
+
+}  // namespace bitdecoding::decode

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bytes into a warp's ring by the bulk copy engine (sm_90): a chunk is one copy, its completion an
+// mbarrier's phase.
+#pragma once
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include <cutlass/arch/barrier.h>
+
+#include "bitdecoding/decode/config.hpp"
+
+namespace bitdecoding::decode {
+
+class BulkLoader {
+ public:
+  // One barrier per stage, in shared memory.
+  __device__ BulkLoader(std::uint64_t* barriers, int stages, int lane)
+      : barriers_(barriers), lane_(lane) {
+    if (lane == 0) {
+      for (int stage = 0; stage < stages; ++stage) cute::initialize_barrier(barriers[stage], 1);
+      cutlass::arch::fence_barrier_init();
+    }
+    __syncwarp();
+  }
+
+  // `group` (or nullptr): parameters of a K group that begins in an earlier chunk.
+  __device__ void load_chunk(int stage, const std::uint8_t* from, std::uint8_t* to, int bytes,
+                             const std::uint8_t* group, std::uint8_t* group_to, int group_bytes) {
+    if (lane_ != 0) return;
+    const int all = bytes + (group == nullptr ? 0 : group_bytes);
+    cute::set_barrier_transaction_bytes(barriers_[stage], all);
+    cute::SM90_BULK_COPY_G2S::copy(from, &barriers_[stage], to, bytes);
+    if (group != nullptr) {
+      cute::SM90_BULK_COPY_G2S::copy(group, &barriers_[stage], group_to, group_bytes);
+    }
+  }
+
+  // 16 rows of K and of V, each row to its padded place: a copy per lane.
+  __device__ void load_zone(int stage, const std::uint8_t* k, const std::uint8_t* v,
+                            std::uint8_t* to, int head_dim) {
+    const int row_bytes = 2 * head_dim;
+    if (lane_ == 0) {
+      cute::set_barrier_transaction_bytes(barriers_[stage], 2 * kZoneTokens * row_bytes);
+    }
+    __syncwarp();
+    const std::uint8_t* rows = lane_ < kZoneTokens ? k : v;
+    cute::SM90_BULK_COPY_G2S::copy(rows + lane_ % kZoneTokens * row_bytes, &barriers_[stage],
+                                   to + lane_ * zone_row_bytes(head_dim), row_bytes);
+  }
+
+  __device__ void commit() {}
+
+  __device__ void wait(int stage, int phase, int) {
+    cute::wait_barrier(barriers_[stage], phase);
+    __syncwarp();
+  }
+
+ private:
+  std::uint64_t* barriers_;
+  int lane_;
+};
+
+}  // namespace bitdecoding::decode
