@@ -93,6 +93,10 @@ __device__ FragmentA v_fragment(std::uint32_t word, int tile) {
           field<Bits>(upper, 2 * tile), field<Bits>(upper, 2 * tile + 1)};
 }
 
+// Group sizes are powers of two: a mask and a shift instead of a division.
+__device__ inline bool begins_group(int element, int group) { return (element & (group - 1)) == 0; }
+__device__ inline int group_of(int element, int group) { return element >> (31 - __clz(group)); }
+
 __device__ inline __half2 as_half2(std::uint32_t bits) {
   return *reinterpret_cast<const __half2*>(&bits);
 }

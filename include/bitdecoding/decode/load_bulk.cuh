@@ -3,6 +3,7 @@
 // mbarrier's phase.
 #pragma once
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
@@ -27,7 +28,7 @@ class BulkLoader {
   // `group` (or nullptr): parameters of a K group that begins in an earlier chunk.
   __device__ void load_chunk(int stage, const std::uint8_t* from, std::uint8_t* to, int bytes,
                              const std::uint8_t* group, std::uint8_t* group_to, int group_bytes) {
-    if (lane_ != 0) return;
+    if (!cute::elect_one_sync()) return;  // the compiler knows it for one lane: no loop over lanes
     const int all = bytes + (group == nullptr ? 0 : group_bytes);
     cute::set_barrier_transaction_bytes(barriers_[stage], all);
     cute::SM90_BULK_COPY_G2S::copy(from, &barriers_[stage], to, bytes);

@@ -63,7 +63,7 @@ __device__ void finish_stream(Output<S>& output, Softmax<S>& softmax, int v_grou
       float zero = 0.f;
 #pragma unroll
       for (int part = 0; part < S::V::v_parts; ++part) {
-        if (part * kPartChannels % v_group == 0) zero = output.zero_sum[part](e, n);
+        if (begins_group(part * kPartChannels, v_group)) zero = output.zero_sum[part](e, n);
 #pragma unroll
         for (int tile = 0; tile < S::v_part_tiles; ++tile) {
           const int k = part * S::v_part_tiles + tile;

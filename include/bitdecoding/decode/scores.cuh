@@ -88,7 +88,7 @@ template <class S, class Page>
 __device__ void score_token_axis(const Page& page, const Query<S>& query,
                                  const ColumnTensor<S> (&sums)[S::tiles / 2], int lane,
                                  ScoreTensor<S, kChunkBlocks>& tSrS) {
-  const int tiles_in_group = page.record().format().k_group / 16;
+  const int k_group = page.record().format().k_group;
   auto partial = cute::make_tensor_like(tSrS);
   auto zero_weight = cute::make_tensor_like(query.scale);
   cute::clear(partial);
@@ -102,8 +102,8 @@ __device__ void score_token_axis(const Page& page, const Query<S>& query,
     }
 #pragma unroll
     for (int i = 0; i < cute::size(zero_weight); ++i) zero_weight(i) += sums[span](i);
-    if ((2 * span + 2) % tiles_in_group != 0) continue;
-    const auto vectors = page.k_token_vectors((2 * span + 2) / tiles_in_group - 1);
+    if (!begins_group(32 * span + 32, k_group)) continue;
+    const auto vectors = page.k_token_vectors(group_of(32 * span, k_group));
     const RowValues scales{vectors(lane / 4, 0)}, zeros{vectors(lane / 4, 1)};
 #pragma unroll
     for (int block = 0; block < kChunkBlocks; ++block) {

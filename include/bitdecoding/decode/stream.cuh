@@ -183,7 +183,7 @@ class Stream {
       scale.set_identity();
     }
     if (item.begin > 0) mask_scores<S, kChunkBlocks>(item.begin, item.end, lane_, tSrS);
-    const float exponent = scale_exponent(page, format.v_groups(), lane_);
+    const float exponent = scale_exponent<S>(page, lane_);
     update_maximum<S, kChunkBlocks>(tSrS, scale, exponent, softmax_,
                                     [&](int e, int n, float f) { output_.rescale(e, n, f); });
     const float shift = -fminf(exponent, 0.f);

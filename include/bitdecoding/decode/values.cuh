@@ -66,10 +66,11 @@ struct PairValues {
 };
 
 // An exponent e with every V scale of the chunk at most 2^e, in [-14, 16].
-template <class Page>
-__device__ float scale_exponent(const Page& page, int groups, int lane) {
+template <class S, class Page>
+__device__ float scale_exponent(const Page& page, int lane) {
   __half2 largest = __float2half2_rn(0.f);
-  for (int group = 0; group < groups; ++group) {
+  const int v_group = page.record().format().v_group;
+  for (int group = 0; group * v_group < S::head_dim; ++group) {
     const uint4 row = page.v_token_vectors(group)(lane / 4, 0);
     largest = __hmax2(__hmax2(largest, __hmax2(as_half2(row.x), as_half2(row.y))),
                       __hmax2(as_half2(row.z), as_half2(row.w)));
@@ -93,8 +94,8 @@ __device__ void add_values(const Page& page, const WeightTensor<S, kChunkBlocks>
   auto scaled = cute::make_tensor_like(tOrP);
 #pragma unroll
   for (int part = 0; part < S::V::v_parts; ++part) {
-    if (part * kPartChannels % v_group == 0) {
-      const auto vectors = page.v_token_vectors(part * kPartChannels / v_group);
+    if (begins_group(part * kPartChannels, v_group)) {
+      const auto vectors = page.v_token_vectors(group_of(part * kPartChannels, v_group));
       const PairValues scales(vectors(2 * t, 0), vectors(2 * t + 1, 0));
       const PairValues zeros(vectors(2 * t, 1), vectors(2 * t + 1, 1));
 #pragma unroll
