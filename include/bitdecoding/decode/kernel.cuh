@@ -157,12 +157,10 @@ class DecodeCta {
     const DecodeCta& cta;
     unsigned entries;
 
-    template <class Visit>
-    __device__ void for_each(const Visit& visit) const {
-      for (unsigned rest = entries; rest != 0; rest &= rest - 1) {
-        const int entry = __ffs(static_cast<int>(rest)) - 1;
-        visit(entry % 2 == 0 ? *cta.inner_partial(entry / 2) : *cta.last_partial(entry / 2));
-      }
+    __device__ int end() const { return 2 * kMostWarps; }
+    __device__ const Partial<S>* at(int entry) const {
+      if (entry >= end() || (entries >> entry & 1u) == 0) return nullptr;
+      return entry % 2 == 0 ? cta.inner_partial(entry / 2) : cta.last_partial(entry / 2);
     }
   };
   // The partials of one segment among all CTAs: the first one's last, the others' first.
@@ -170,11 +168,9 @@ class DecodeCta {
     const DecodeCta& cta;
     int first, last;
 
-    template <class Visit>
-    __device__ void for_each(const Visit& visit) const {
-      visit(*cta.cta_partial(first, 1));
-#pragma unroll 4
-      for (int i = first + 1; i <= last; ++i) visit(*cta.cta_partial(i, 0));
+    __device__ int end() const { return last - first + 1; }
+    __device__ const Partial<S>* at(int i) const {
+      return i < end() ? cta.cta_partial(first + i, i == 0) : nullptr;
     }
   };
 

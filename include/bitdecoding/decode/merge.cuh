@@ -77,28 +77,55 @@ __device__ void finish_stream(Output<S>& output, Softmax<S>& softmax, int v_grou
   }
 }
 
-// Merges the partials that partials.for_each visits, in its order: each thread some channels of
-// some columns. store(column, channel, o, m, l): o, l relative to m; channel is a multiple of 4.
+__device__ inline float warp_max(float value) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  }
+  return value;
+}
+__device__ inline float warp_sum(float value) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
+  }
+  return value;
+}
+
+// Merges partials.at(0 .. partials.end() - 1), nullptr for none, in this order: a warp takes a
+// column, its lanes first a partial each (m, l), then four channels each (O, 8 partials at once).
+// store(column, channel, o, m, l): o, l relative to m.
 template <class S, class Partials, class Store>
 __device__ void merge_partials(const Partials& partials, int columns, const Store& store) {
-  constexpr int kQuads = S::head_dim / 4;
-  for (int item = threadIdx.x; item < columns * kQuads; item += blockDim.x) {
-    const int column = item / kQuads, channel = item % kQuads * 4;
-    float maximum = kMaximumFloor;
-    partials.for_each(
-        [&](const Partial<S>& part) { maximum = fmaxf(maximum, part.maximum[column]); });
-    float sum = 0.f;
+  constexpr int kBatch = 8;
+  const int lane = threadIdx.x % 32;
+  const int channel = lane * 4 % S::head_dim;
+  for (int column = threadIdx.x / 32; column < columns; column += blockDim.x / 32) {
+    float maximum = kMaximumFloor, sum = 0.f;
     float4 o{0.f, 0.f, 0.f, 0.f};
-    partials.for_each([&](const Partial<S>& part) {
-      const float weight = arch::exp2(part.maximum[column] - maximum);
-      const float4 more = *reinterpret_cast<const float4*>(&part.o[column][channel]);
-      sum += weight * part.sum[column];
-      o.x += weight * more.x;
-      o.y += weight * more.y;
-      o.z += weight * more.z;
-      o.w += weight * more.w;
-    });
-    store(column, channel, o, maximum, sum);
+    for (int base = 0; base < partials.end(); base += 32) {
+      const Partial<S>* mine = partials.at(base + lane);
+      const float top = mine == nullptr ? kMaximumFloor : mine->maximum[column];
+      const float raised = fmaxf(maximum, warp_max(top));
+      const float shrink = arch::exp2(maximum - raised);
+      const float weight = mine == nullptr ? 0.f : arch::exp2(top - raised);
+      sum = sum * shrink + warp_sum(mine == nullptr ? 0.f : weight * mine->sum[column]);
+      o = {o.x * shrink, o.y * shrink, o.z * shrink, o.w * shrink};
+      maximum = raised;
+      for (int first = 0; first < 32 && base + first < partials.end(); first += kBatch) {
+        float4 more[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const Partial<S>* part = partials.at(base + first + i);
+          more[i] = part == nullptr ? float4{0.f, 0.f, 0.f, 0.f}
+                                    : *reinterpret_cast<const float4*>(&part->o[column][channel]);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const float w = __shfl_sync(0xffffffffu, weight, first + i);
+          o = {o.x + w * more[i].x, o.y + w * more[i].y, o.z + w * more[i].z, o.w + w * more[i].w};
+        }
+      }
+    }
+    if (lane * 4 < S::head_dim) store(column, channel, o, maximum, sum);
   }
 }
 

@@ -23,13 +23,8 @@ struct QueryColumns {
   int group;  // query heads per KV head
 };
 
-__device__ inline float2 load_pair(const DecodeProblem& p, std::int64_t offset) {
-  if (p.type == ElementType::f16) {
-    return __half22float2(
-        *reinterpret_cast<const __half2*>(static_cast<const std::uint16_t*>(p.q) + offset));
-  }
-  const std::uint32_t pair =
-      *reinterpret_cast<const std::uint32_t*>(static_cast<const std::uint16_t*>(p.q) + offset);
+__device__ inline float2 widen_pair(std::uint32_t pair, ElementType type) {
+  if (type == ElementType::f16) return __half22float2(as_half2(pair));
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
@@ -50,13 +45,23 @@ __device__ void load_query(Query<S>& query, const DecodeProblem& p, int sequence
     const std::int64_t row = sequence * p.q_batch_stride +
                              column / columns.group * p.q_token_stride +
                              (kv_head * columns.group + column % columns.group) * p.q_head_stride;
+    const auto* channels = static_cast<const std::uint16_t*>(p.q) + row + 2 * t;
+    std::uint32_t bits[S::tiles][2];  // all loads are under way before the first is used
+#pragma unroll
+    for (int k = 0; k < S::tiles; ++k) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const auto* pair = reinterpret_cast<const std::uint32_t*>(channels + 16 * k + 8 * i);
+        bits[k][i] = real ? *pair : 0u;
+      }
+    }
     float2 pairs[S::tiles][2];
     float largest = 0.f;
 #pragma unroll
     for (int k = 0; k < S::tiles; ++k) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        pairs[k][i] = real ? load_pair(p, row + 16 * k + 8 * i + 2 * t) : float2{0.f, 0.f};
+        pairs[k][i] = widen_pair(bits[k][i], p.type);
         largest = fmaxf(largest, fmaxf(fabsf(pairs[k][i].x), fabsf(pairs[k][i].y)));
       }
     }
