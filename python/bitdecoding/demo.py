@@ -164,6 +164,7 @@ def _prepare(options: DemoOptions, progress: Any) -> tuple[Session, dict[str, An
     seconds["prefill"] = round(time.perf_counter() - start, 1)
     facts = {
         "bitdecoding": __version__,
+        "commit": build_info()["git"],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
