@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "bitdecoding/cache/device_error.hpp"
+#include "bitdecoding/decode/decode_plan.hpp"
 #include "bitdecoding/decode/decode_problem.hpp"
 #include "bitdecoding/quantize/append_problem.hpp"
 #include "bitdecoding/quantize/pack_problem.hpp"
@@ -20,8 +22,8 @@ struct CpuExecution {
 struct CudaExecution {
   int device = 0;          // the device that holds every pointer of the problem
   void* stream = nullptr;  // cudaStream_t
-  // Device int32 [4] or nullptr: sequence + 1, value, limit and PackError of the first bad index
-  // found in device memory. The caller zeroes it before and reads it after.
+  // Device int32 [4] or nullptr: what was first found wrong in device memory (device_error.hpp).
+  // The caller zeroes it before and reads it after.
   int* error_word = nullptr;
 };
 
@@ -30,8 +32,22 @@ Status pack_pages(const PackProblem& problem, const CpuExecution& execution);
 Status append_tokens(const AppendProblem& problem, const CpuExecution& execution);
 Status decode_attention(const DecodeProblem& problem, const CpuExecution& execution);
 
-// CUDA: enqueued on the stream; k and v must be fp16 or bf16.
+// CUDA: enqueued on the stream, capturable; k, v, q and out must be fp16 or bf16. Page ids, lengths
+// and slots are checked on the device (see CudaExecution::error_word).
 Status pack_pages(const PackProblem& problem, const CudaExecution& execution);
+
+// `counters`: device int32 [batch], zero before the first call; every call leaves them zero.
+Status append_tokens(const AppendProblem& problem, int* counters, const CudaExecution& execution);
+
+// A plan for the device of `execution`; `columns` = query tokens * query heads per KV head. `kernel`
+// names a row of the kernel table, nullptr chooses one.
+Status plan_decode(const KvFormat& format, int columns, const char* kernel,
+                   const CudaExecution& execution, decode::DecodePlan* plan);
+
+// `workspace`: plan.workspace_bytes of device memory, 16-byte aligned, whose first
+// decode::kCounterBytes are zero before the first call. Calls that overlap in time need one each.
+Status decode_attention(const DecodeProblem& problem, const decode::DecodePlan& plan,
+                        void* workspace, const CudaExecution& execution);
 
 // Checks the cache's device state on the host: page ids, slots, lengths, packed (CPU memory only).
 Status check_state(const PagedKvCache& cache);

@@ -6,7 +6,7 @@ from __future__ import annotations
 from bitdecoding._ext import KvFormat, pack_arrays
 from bitdecoding.arrays import Array, as_format, count, torch_of
 
-# PackError of the library: the argument that was found bad on the device, and its rule.
+# DeviceError of the library: the argument that was found bad on the device, and its rule.
 _PACK_ERRORS = {
     1: ("leftpad, num_tokens", "runs inside a row's {limit} tokens"),
     2: ("first_page", "pages inside the {limit} columns of block_table"),

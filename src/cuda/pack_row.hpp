@@ -4,6 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <span>
+
 #include "bitdecoding/layout/page_config.hpp"
 #include "bitdecoding/quantize/pack_problem.hpp"
 
@@ -15,7 +17,7 @@ struct PackRow {
   cudaError_t (*launch)(const PackProblem& problem, cudaStream_t stream, int* error_word);
 };
 
-// The row for a configuration, or nullptr where the build has none.
-const PackRow* find_pack_row(const layout::PageConfig& config);
+// Every row of the build, unit by unit.
+std::span<const std::span<const PackRow>> pack_rows();
 
 }  // namespace bitdecoding

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 
 #include "bitdecoding/cache/paged_kv_cache.hpp"
 #include "bitdecoding/element_type.hpp"
@@ -45,6 +46,35 @@ inline Status validate(const DecodeProblem& p) {
   if (p.cache.batch == 0 || p.query_tokens == 0) return {};
   if (p.q == nullptr) return invalid_argument("q = null; allowed: an array (B, Sq, Hq, D)");
   if (p.out == nullptr) return invalid_argument("out = null; allowed: an array (B, Sq, Hq, D)");
+  return {};
+}
+
+// validate(), and what a launch on a CUDA device asks besides: 16-bit queries that are read in
+// pairs, and work (64-token chunks and 16-bit tiles of all heads) that an int32 can count.
+inline Status validate_for_cuda(const DecodeProblem& p) {
+  if (Status status = validate(p); !status.is_ok()) return status;
+  if (p.type == ElementType::f32) {
+    return invalid_argument("q dtype = ", element_name(p.type),
+                            "; allowed on a CUDA device: float16, bfloat16");
+  }
+  if (const auto address = reinterpret_cast<std::uintptr_t>(p.q); address % 4 != 0) {
+    return invalid_argument("q address = ", address, "; allowed on a CUDA device: multiples of 4");
+  }
+  for (const std::int64_t stride : {p.q_batch_stride, p.q_token_stride, p.q_head_stride}) {
+    if (stride % 2 != 0) {
+      return invalid_argument("q stride = ", stride,
+                              " elements; allowed on a CUDA device: multiples of 2");
+    }
+  }
+  const PagedKvCache& c = p.cache;
+  const std::int64_t columns = std::int64_t{p.query_tokens} * p.query_heads;  // of all KV heads
+  const std::int64_t units = std::int64_t{c.max_pages} * c.format.chunks() +
+                             (std::int64_t{c.keep_first} + c.tail_tokens) / 4 + 4;
+  if (c.batch * columns > INT32_MAX / units) {
+    return invalid_argument("batch * query_tokens * query_heads = ", c.batch * columns,
+                            "; allowed on a CUDA device with such a cache: 0 to ",
+                            INT32_MAX / units);
+  }
   return {};
 }
 

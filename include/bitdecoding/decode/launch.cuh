@@ -1,25 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Plan and launch of the decode kernel on the current device. The plan depends on shapes and the
-// device only, never on lengths: made once, it serves every step and every captured graph.
+// Plan and launch of the decode kernel on the current device: header users instantiate them with a
+// row of their own, the library with the rows of its table.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
+#include "bitdecoding/decode/decode_plan.hpp"
 #include "bitdecoding/decode/kernel.cuh"
 
 namespace bitdecoding::decode {
-
-struct DecodePlan {
-  int ctas = 0;
-  int warps = 0;   // per CTA
-  int stages = 0;  // per warp
-  int stage_bytes = 0;
-  int smem_bytes = 0;
-  std::size_t workspace_bytes = 0;  // partials, then counters; zero the counters once
-  std::size_t counters_offset = 0;
-};
 
 // Shared memory a CTA may use: 99 KB everywhere from 8.0 to 8.9, 227 KB on 9.0.
 constexpr int shared_limit_bytes(Arch arch) { return (arch == Arch::sm90 ? 227 : 99) * 1024; }
@@ -29,6 +20,7 @@ cudaError_t plan_decode(const KvFormat& format, DecodePlan* plan) {
   constexpr DecodeConfig config = Row::config;
   using S = Shape<config>;
   const layout::PageRecord record(format);
+  *plan = {.format = format, .config = config};
   plan->stage_bytes =
       layout::round_up(std::max(record.chunk(1), zone_tile_bytes(config.page.head_dim)), 128);
   const int limit = shared_limit_bytes(config.arch);
@@ -42,22 +34,21 @@ cudaError_t plan_decode(const KvFormat& format, DecodePlan* plan) {
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan->smem_bytes);
   if (error != cudaSuccess) return error;
-  int device = 0, sms = 0, per_sm = 0;
-  if (error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  int sms = 0, per_sm = 0;
+  if (error = cudaGetDevice(&plan->device); error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, plan->device);
   if (error != cudaSuccess) return error;
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, plan->warps * 32,
                                                         plan->smem_bytes);
   if (error != cudaSuccess) return error;
-  plan->ctas = sms * per_sm;
-  plan->counters_offset = plan->ctas * (plan->warps + 2) * sizeof(Partial<S>);
-  plan->workspace_bytes = plan->counters_offset + plan->ctas * sizeof(int);
+  plan->ctas = std::min(sms * per_sm, kWorkspaceCounters);
+  plan->workspace_bytes = kCounterBytes + plan->ctas * (plan->warps + 2) * sizeof(Partial<S>);
   return cudaSuccess;
 }
 
 template <class Row>
 cudaError_t launch_decode(const DecodeProblem& problem, const DecodePlan& plan,
-                          std::uint8_t* workspace, cudaStream_t stream) {
+                          std::uint8_t* workspace, cudaStream_t stream, int* error_word) {
   constexpr DecodeConfig config = Row::config;
   const PagedKvCache& c = problem.cache;
   const int group = problem.query_heads / c.num_kv_heads;
@@ -76,8 +67,10 @@ cudaError_t launch_decode(const DecodeProblem& problem, const DecodePlan& plan,
                                   plan.stages,
                                   plan.stage_bytes,
                                   record.page_bytes(),
-                                  workspace,
-                                  reinterpret_cast<int*>(workspace + plan.counters_offset)};
+                                  workspace + kCounterBytes,
+                                  reinterpret_cast<int*>(workspace),
+                                  error_word};
+  (void)cudaGetLastError();  // an earlier call's error is not ours
   decode_attention<Row><<<plan.ctas, plan.warps * 32, plan.smem_bytes, stream>>>(arguments);
   return cudaGetLastError();
 }

@@ -27,6 +27,7 @@ struct DecodeArguments {
   int page_bytes = 0;
   std::uint8_t* workspace = nullptr;
   int* counters = nullptr;  // [CTAs], zero between launches
+  int* error_word = nullptr;
 };
 
 template <DecodeConfig Config>

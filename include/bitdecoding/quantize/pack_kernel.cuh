@@ -2,13 +2,14 @@
 // Prefill pack on the device: one CTA turns the K or the V of one (page, head) into its record.
 //   global --16-byte loads--> fp16 tile --ranges--> parameters, coders --ldmatrix--> units --> page
 // Bytes equal the CPU backend's. A row with an impossible run writes nothing, a page id outside the
-// pool is skipped; both are reported through PackErrors.
+// pool is skipped; both are reported through the error word.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cutlass/fast_math.h>
 
+#include "bitdecoding/cache/device_error.cuh"
 #include "bitdecoding/layout/packed_kv_tensor.hpp"
 #include "bitdecoding/quantize/group_range.cuh"
 #include "bitdecoding/quantize/pack_problem.hpp"
@@ -35,14 +36,6 @@ struct PackTask {
   int page_id;              // in the pool; -1: nothing to do
 };
 
-__device__ inline void report(int* error_word, int batch, int value, int limit, PackError kind) {
-  if (error_word == nullptr || threadIdx.x != 0) return;
-  if (atomicCAS(error_word, 0, batch + 1) != 0) return;  // the first one is kept
-  error_word[1] = value;
-  error_word[2] = limit;
-  error_word[3] = static_cast<int>(kind);
-}
-
 // blockIdx: x = (page, head, tensor), tensor fastest, so that neighbours read the same token rows.
 __device__ inline PackTask find_task(const PackProblem& p, int* error_word) {
   const int in_page = blockIdx.x % (2 * p.num_kv_heads);
@@ -56,20 +49,20 @@ __device__ inline PackTask find_task(const PackProblem& p, int* error_word) {
   const int begin = p.runs.begin(task.batch);
   const int count = p.runs.count(task.batch);
   if (begin < 0 || count < 0 || begin > p.runs.row_tokens - count) {
-    report(error_word, task.batch, begin < 0 ? begin : count, p.runs.row_tokens, PackError::run);
+    report(error_word, task.batch, begin < 0 ? begin : count, p.runs.row_tokens, DeviceError::run);
     return task;
   }
   if (task.page >= count / p.format.page_tokens) return task;
   const int first_page = p.first_page == nullptr ? 0 : p.first_page[task.batch];
   const int pages = count / p.format.page_tokens;
   if (first_page < 0 || first_page > p.max_pages - pages) {
-    report(error_word, task.batch, first_page, p.max_pages, PackError::first_page);
+    report(error_word, task.batch, first_page, p.max_pages, DeviceError::first_page);
     return task;
   }
   const int column = first_page + task.page;
   const int page_id = p.block_table[static_cast<std::int64_t>(task.batch) * p.max_pages + column];
   if (page_id < 0 || page_id >= p.num_pages) {
-    report(error_word, task.batch, page_id, p.num_pages, PackError::page_id);
+    report(error_word, task.batch, page_id, p.num_pages, DeviceError::page_id);
     return task;
   }
   task.token = begin + task.page * p.format.page_tokens;

@@ -28,13 +28,6 @@ struct PackProblem {
   const std::int32_t* first_page = nullptr;  // [B]; nullptr: 0
 };
 
-// What a CUDA pack writes to its error word (see CudaExecution): sequence + 1, value, limit, kind.
-enum class PackError : int {
-  run = 1,         // leftpad or num_tokens; limit: tokens of a row. The sequence writes nothing
-  first_page = 2,  // limit: columns of the block table. The sequence writes nothing
-  page_id = 3,     // limit: pages of the pool. That page is not written
-};
-
 // Everything the host can check without reading the arrays.
 inline Status validate(const PackProblem& p) {
   if (Status status = validate(p.format); !status.is_ok()) return status;

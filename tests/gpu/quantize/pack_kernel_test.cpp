@@ -173,7 +173,7 @@ TEST_CASE("a page id outside the pool is skipped and reported, the other pages a
   c.block_table[1] = c.problem.num_pages;  // row 0, its second page
   const DeviceResult device = pack_on_device(c);
   CHECK(device.error_word ==
-        std::vector<int>{1, c.problem.num_pages, c.problem.num_pages, int(PackError::page_id)});
+        std::vector<int>{1, c.problem.num_pages, c.problem.num_pages, int(DeviceError::page_id)});
   const std::size_t bytes = std::size_t(kHeads) * page_bytes(f);
   std::vector<std::uint8_t> others = expected;
   std::fill_n(others.begin() + std::ptrdiff_t(skipped * bytes), bytes, kPoison);
@@ -186,7 +186,8 @@ TEST_CASE("a run outside its row writes nothing of the sequence and is reported"
   without.num_tokens[3] = 0;
   c.num_tokens[3] = kRowTokens + 1;
   const DeviceResult device = pack_on_device(c);
-  CHECK(device.error_word == std::vector<int>{4, kRowTokens + 1, kRowTokens, int(PackError::run)});
+  CHECK(device.error_word ==
+        std::vector<int>{4, kRowTokens + 1, kRowTokens, int(DeviceError::run)});
   CHECK(device.pool == pack_on_cpu(without));
 }
 

@@ -1,26 +1,17 @@
-// Written by CMake from src/kernels.cmake: some rows of the kernel table.
-#include <span>
+// SPDX-License-Identifier: Apache-2.0
+// From a struct of the kernel table to its compiled pack kernel.
+#pragma once
 
 #include "bitdecoding/quantize/pack_launch.cuh"
 #include "cuda/pack_row.hpp"
 
 namespace bitdecoding {
-namespace {
 
 using layout::PageConfig;
 
 template <class Row>
 constexpr PackRow make_row() {
   return {Row::config, Row::name, &quantize::launch_pack<Row>};
-}
-
-@PACK_STRUCTS@
-}  // namespace
-
-std::span<const PackRow> @PACK_UNIT@() {
-  static constexpr PackRow rows[] = {
-@PACK_ROWS@  };
-  return rows;
 }
 
 }  // namespace bitdecoding
