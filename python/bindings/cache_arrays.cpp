@@ -15,17 +15,6 @@ namespace {
 
 using layout::kSectionAlignment_bytes;
 
-// Runs the library's work while other Python threads run.
-template <class Work>
-void run(const Work& work) {
-  Status status;
-  {
-    nb::gil_scoped_release release;
-    status = work();
-  }
-  throw_if_error(status);
-}
-
 }  // namespace
 
 nb::tuple sequence_extents(const KvFormat& format, int keep_first, int keep_last, int max_tokens) {
@@ -89,20 +78,28 @@ int CacheArrays::capacity_tokens() const {
 }
 
 void CacheArrays::append(nb::handle k, nb::handle v, nb::handle leftpad, nb::handle num_tokens,
-                         int max_tokens, int threads) {
+                         int max_tokens, const RunOptions& options) {
   const TokenArrays tokens(k, v, leftpad, num_tokens, pool_, cache_.format.head_dim);
-  expect_cpu("append");
   const AppendProblem problem{.cache = cache_,
                               .k = tokens.k(),
                               .v = tokens.v(),
                               .runs = tokens.runs(),
                               .max_tokens = max_tokens};
-  const CpuExecution execution{.threads = threads};
-  run([&] { return append_tokens(problem, execution); });
+  if (!pool_.device().is_cuda) {
+    const CpuExecution execution = cpu_execution(pool_, options);
+    return run([&] { return append_tokens(problem, execution); });
+  }
+  const CudaExecution execution = on_cuda(options);
+  if (!counters_) {
+    counters_.emplace(workspace_.attr("append_counters")(cache_.batch), "counters", Access::write);
+    counters_->expect_int32().expect_contiguous().expect_on(pool_);
+  }
+  int* counters = counters_->writable<int>();
+  run([&] { return append_tokens(problem, counters, execution); });
 }
 
 void CacheArrays::decode(nb::handle q, nb::handle out, nb::handle lse, double softmax_scale,
-                         int threads) {
+                         const RunOptions& options) {
   const Array queries(q, "q", Access::read);
   queries.expect_shape("(batch, query_tokens, query_heads, head_dim)",
                        {cache_.batch, kAny, kAny, cache_.format.head_dim});
@@ -131,21 +128,85 @@ void CacheArrays::decode(nb::handle q, nb::handle out, nb::handle lse, double so
     log_sums->expect_contiguous().expect_on(queries);
     problem.lse = log_sums->writable<float>();
   }
-  expect_cpu("decode");
-  const CpuExecution execution{.threads = threads};
-  run([&] { return bitdecoding::decode_attention(problem, execution); });
+  if (!pool_.device().is_cuda) {
+    const CpuExecution execution = cpu_execution(pool_, options);
+    return run([&] { return decode_attention(problem, execution); });
+  }
+  decode_on_cuda(problem, options);
 }
 
-void CacheArrays::check() const {
-  expect_cpu("check");
-  throw_if_error(check_state(cache_));
+void CacheArrays::decode_on_cuda(const DecodeProblem& problem, const RunOptions& options) {
+  throw_if_error(validate_for_cuda(problem));  // before there is a plan for such queries
+  if (cache_.batch == 0 || problem.query_tokens == 0) return;
+  const CudaExecution execution = on_cuda(options);
+  const int columns = problem.query_tokens * (problem.query_heads / cache_.num_kv_heads);
+  const PlannedDecode& planned = planned_decode(columns, options.kernel, execution);
+  void* workspace = planned.workspace.writable<void>();
+  run([&] { return decode_attention(problem, planned.plan, workspace, execution); });
 }
 
-void CacheArrays::expect_cpu(const char* operation) const {
-  if (!pool_.device().is_cuda) return;
-  throw_if_error(Status(StatusCode::unsupported,
-                        join(operation, ": this release has no CUDA kernel for it; arrays on ",
-                             device_name(pool_.device()), "; allowed: cpu")));
+void CacheArrays::check(nb::handle block_table, nb::handle slots, nb::handle lengths,
+                        nb::handle packed) const {
+  const int batch = cache_.batch;
+  const Array table(block_table, "block_table", Access::read);
+  table.expect_int32().expect_shape("(batch, max_pages)", {batch, cache_.max_pages});
+  const Array slot_ids(slots, "slots", Access::read);
+  const Array tokens(lengths, "lengths", Access::read);
+  const Array packed_tokens(packed, "packed", Access::read);
+  for (const Array* ints : {&slot_ids, &tokens, &packed_tokens}) {
+    ints->expect_int32().expect_shape("(batch,)", {batch}).expect_contiguous().expect_on(table);
+  }
+  PagedKvCache copy = cache_;
+  copy.block_table = static_cast<const std::int32_t*>(table.data());
+  copy.slots = static_cast<const std::int32_t*>(slot_ids.data());
+  copy.lengths = const_cast<std::int32_t*>(static_cast<const std::int32_t*>(tokens.data()));
+  copy.packed = const_cast<std::int32_t*>(static_cast<const std::int32_t*>(packed_tokens.data()));
+  throw_if_error(check_state(copy));  // reads these four alone
+}
+
+nb::dict CacheArrays::plan_decode(int columns, const std::optional<std::string>& kernel) const {
+  if (!pool_.device().is_cuda) {
+    refuse_value("plan_decode: device = ", device(), "; allowed: a cache on cuda");
+  }
+  const decode::DecodePlan plan = plan_for(columns, kernel, {.device = pool_.device().index});
+  nb::dict facts;
+  facts["kernel"] = nb::str(plan.kernel);
+  facts["ctas"] = plan.ctas;
+  facts["warps"] = plan.warps;
+  facts["stages"] = plan.stages;
+  facts["stage_bytes"] = plan.stage_bytes;
+  facts["smem_bytes"] = plan.smem_bytes;
+  facts["workspace_bytes"] = plan.workspace_bytes;
+  return facts;
+}
+
+decode::DecodePlan CacheArrays::plan_for(int columns, const std::optional<std::string>& kernel,
+                                         const CudaExecution& execution) const {
+  decode::DecodePlan plan;
+  const char* name = kernel ? kernel->c_str() : nullptr;
+  run([&] { return bitdecoding::plan_decode(cache_.format, columns, name, execution, &plan); });
+  return plan;
+}
+
+const CacheArrays::PlannedDecode& CacheArrays::planned_decode(
+    int columns, const std::optional<std::string>& kernel, const CudaExecution& execution) {
+  const auto key = std::pair(columns, kernel);
+  if (const auto found = decodes_.find(key); found != decodes_.end()) return found->second;
+  const decode::DecodePlan plan = plan_for(columns, kernel, execution);
+  Array workspace(workspace_.attr("decode_memory")(plan.workspace_bytes), "workspace",
+                  Access::write);
+  workspace.expect_bytes().expect_contiguous().expect_on(pool_);
+  return decodes_.try_emplace(key, plan, std::move(workspace)).first->second;
+}
+
+CudaExecution CacheArrays::on_cuda(const RunOptions& options) {
+  CudaExecution execution = cuda_execution(pool_, options);
+  if (!error_word_) {
+    error_word_object_ = workspace_.attr("error_word")();
+    error_word_ = import_error_word(error_word_object_, pool_);
+  }
+  execution.error_word = error_word_->writable<int>();
+  return execution;
 }
 
 }  // namespace bitdecoding::python

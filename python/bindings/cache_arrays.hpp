@@ -4,11 +4,15 @@
 
 #include <nanobind/nanobind.h>
 
-#include <cstdint>
+#include <map>
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "arrays.hpp"
 #include "bitdecoding/cache/paged_kv_cache.hpp"
+#include "bitdecoding/decode/decode_plan.hpp"
+#include "execution.hpp"
 
 namespace bitdecoding::python {
 
@@ -21,16 +25,35 @@ class CacheArrays {
               nb::handle side, nb::handle block_table, nb::handle slots, nb::handle lengths,
               nb::handle packed);
 
+  std::string device() const { return device_name(pool_.device()); }
   // Tokens that a sequence can hold before it needs more columns than the block table has.
   int capacity_tokens() const;
-  // Refuses tokens that would make a sequence longer than max_tokens before anything is written.
+  // Refuses tokens that would make a sequence longer than max_tokens: on a CPU before anything is
+  // written, on CUDA that sequence alone and in the error word.
   void append(nb::handle k, nb::handle v, nb::handle leftpad, nb::handle num_tokens, int max_tokens,
-              int threads);
-  void decode(nb::handle q, nb::handle out, nb::handle lse, double softmax_scale, int threads);
-  void check() const;
+              const RunOptions& options);
+  void decode(nb::handle q, nb::handle out, nb::handle lse, double softmax_scale,
+              const RunOptions& options);
+  // Checks the cache with these copies of its tables, which are in CPU memory.
+  void check(nb::handle block_table, nb::handle slots, nb::handle lengths, nb::handle packed) const;
+
+  // For CUDA. A bitdecoding.Workspace: where scratch memory comes from when it is first needed.
+  void use_workspace(nb::object workspace) { workspace_ = std::move(workspace); }
+  nb::object error_word() const { return error_word_object_; }  // None before the first call
+  nb::dict plan_decode(int columns, const std::optional<std::string>& kernel) const;
 
  private:
-  void expect_cpu(const char* operation) const;
+  struct PlannedDecode {
+    decode::DecodePlan plan;
+    Array workspace;  // of plan.workspace_bytes or more
+  };
+
+  void decode_on_cuda(const DecodeProblem& problem, const RunOptions& options);
+  decode::DecodePlan plan_for(int columns, const std::optional<std::string>& kernel,
+                              const CudaExecution& execution) const;
+  const PlannedDecode& planned_decode(int columns, const std::optional<std::string>& kernel,
+                                      const CudaExecution& execution);
+  CudaExecution on_cuda(const RunOptions& options);
 
   Array pool_;
   Array side_;
@@ -39,6 +62,13 @@ class CacheArrays {
   Array lengths_;
   Array packed_;
   PagedKvCache cache_;
+
+  nb::object workspace_ = nb::none();
+  nb::object error_word_object_ = nb::none();
+  std::optional<Array> error_word_;
+  std::optional<Array> counters_;
+  // By query columns and the kernel that was asked for.
+  std::map<std::pair<int, std::optional<std::string>>, PlannedDecode> decodes_;
 };
 
 }  // namespace bitdecoding::python

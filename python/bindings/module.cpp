@@ -15,6 +15,7 @@ namespace bitdecoding::python {
 namespace {
 
 using nb::literals::operator""_a;
+using Stream = std::optional<std::uintptr_t>;  // a cudaStream_t
 
 void bind_kv_format(nb::module_& module) {
   nb::class_<KvFormat>(
@@ -75,12 +76,32 @@ void bind_cache_arrays(nb::module_& module) {
            "format"_a, nb::kw_only(), "keep_first"_a, "keep_last"_a, "pool"_a.none(),
            "side"_a.none(), "block_table"_a.none(), "slots"_a.none(), "lengths"_a.none(),
            "packed"_a.none())
+      .def_prop_ro("device", &CacheArrays::device)
       .def_prop_ro("capacity_tokens", &CacheArrays::capacity_tokens)
-      .def("append", &CacheArrays::append, "k"_a.none(), "v"_a.none(), nb::kw_only(),
-           "leftpad"_a.none(), "num_tokens"_a.none(), "max_tokens"_a, "threads"_a)
-      .def("decode", &CacheArrays::decode, "q"_a.none(), "out"_a.none(), nb::kw_only(),
-           "lse"_a.none(), "softmax_scale"_a, "threads"_a)
-      .def("check", &CacheArrays::check);
+      .def(
+          "append",
+          [](CacheArrays& self, nb::handle k, nb::handle v, nb::handle leftpad,
+             nb::handle num_tokens, int max_tokens, int threads, Stream stream) {
+            self.append(k, v, leftpad, num_tokens, max_tokens,
+                        {.threads = threads, .stream = stream});
+          },
+          "k"_a.none(), "v"_a.none(), nb::kw_only(), "leftpad"_a.none(), "num_tokens"_a.none(),
+          "max_tokens"_a, "threads"_a, "stream"_a.none())
+      .def(
+          "decode",
+          [](CacheArrays& self, nb::handle q, nb::handle out, nb::handle lse, double softmax_scale,
+             int threads, Stream stream, std::optional<std::string> kernel) {
+            self.decode(q, out, lse, softmax_scale,
+                        {.threads = threads, .stream = stream, .kernel = std::move(kernel)});
+          },
+          "q"_a.none(), "out"_a.none(), nb::kw_only(), "lse"_a.none(), "softmax_scale"_a,
+          "threads"_a, "stream"_a.none(), "kernel"_a.none())
+      .def("check", &CacheArrays::check, "block_table"_a, "slots"_a, "lengths"_a, "packed"_a)
+      .def("use_workspace", &CacheArrays::use_workspace, "workspace"_a)
+      .def_prop_ro("error_word", &CacheArrays::error_word)
+      .def("plan_decode", &CacheArrays::plan_decode, "columns"_a, nb::kw_only(), "kernel"_a.none(),
+           nb::sig("def plan_decode(self, columns: int, *, kernel: str | None) "
+                   "-> dict[str, typing.Any]"));
   module.def("sequence_extents", &sequence_extents, "format"_a, nb::kw_only(), "keep_first"_a,
              "keep_last"_a, "max_tokens"_a,
              nb::sig("def sequence_extents(format: KvFormat, *, keep_first: int, keep_last: int, "

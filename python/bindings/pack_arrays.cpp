@@ -6,26 +6,9 @@
 #include "bitdecoding/layout/page_record.hpp"
 #include "bitdecoding/quantize/pack_problem.hpp"
 #include "bitdecoding/run.hpp"
+#include "execution.hpp"
 
 namespace bitdecoding::python {
-
-namespace {
-
-inline constexpr int kErrorWord_ints = 4;  // see CudaExecution
-
-CudaExecution cuda_execution(const Array& pool, std::optional<std::uintptr_t> stream,
-                             const std::optional<Array>& error_word) {
-  const std::string where = device_name(pool.device());
-  if (!stream) {
-    refuse_value("stream = None; allowed: a cudaStream_t as an int, since the arrays on ", where,
-                 " are not torch tensors");
-  }
-  return {.device = pool.device().index,
-          .stream = reinterpret_cast<void*>(*stream),
-          .error_word = error_word ? error_word->writable<int>() : nullptr};
-}
-
-}  // namespace
 
 void pack_arrays(nb::handle k, nb::handle v, nb::handle pool, nb::handle block_table,
                  const KvFormat& format, int keep_first, nb::handle first_page, nb::handle leftpad,
@@ -52,23 +35,19 @@ void pack_arrays(nb::handle k, nb::handle v, nb::handle pool, nb::handle block_t
                             .block_table = static_cast<const std::int32_t*>(table.data()),
                             .max_pages = table.extent(1),
                             .first_page = data_or_null(first)};
-  const CpuExecution on_cpu{.threads = threads};
-  Status status;
+  const RunOptions options{.threads = threads, .stream = stream};
   if (pages.device().is_cuda) {
+    CudaExecution execution = cuda_execution(pages, options);
     std::optional<Array> word;
     if (!error_word.is_none()) {
-      word.emplace(error_word, "error_word", Access::write);
-      word->expect_int32().expect_shape("(4,)", {kErrorWord_ints}).expect_on(pages);
+      word = import_error_word(error_word, pages);
+      execution.error_word = word->writable<int>();
     }
-    const CudaExecution on_cuda = cuda_execution(pages, stream, word);
-    nb::gil_scoped_release release;
-    status = bitdecoding::pack_pages(problem, on_cuda);
+    run([&] { return bitdecoding::pack_pages(problem, execution); });
   } else {
-    if (stream) refuse_value("stream = ", *stream, "; allowed: None, since the arrays are on cpu");
-    nb::gil_scoped_release release;
-    status = bitdecoding::pack_pages(problem, on_cpu);
+    const CpuExecution execution = cpu_execution(pages, options);
+    run([&] { return bitdecoding::pack_pages(problem, execution); });
   }
-  throw_if_error(status);
 }
 
 }  // namespace bitdecoding::python

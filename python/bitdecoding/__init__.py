@@ -13,12 +13,14 @@ from bitdecoding._ext import KvFormat, build_info
 from bitdecoding.cache import PagedKvCache
 from bitdecoding.locations import get_cmake_dir, get_include
 from bitdecoding.pack import pack_pages
+from bitdecoding.workspace import Workspace
 
 __version__: str = build_info()["version"]
 
 __all__ = [
     "KvFormat",
     "PagedKvCache",
+    "Workspace",
     "build_info",
     "get_cmake_dir",
     "get_include",

@@ -55,6 +55,18 @@ def torch_of(array: object) -> Any | None:
     return torch if torch is not None and isinstance(array, torch.Tensor) else None
 
 
+def stream_of(array: Any, stream: int | None) -> int | None:
+    """The stream of a call as an int: `stream` where it is given, else torch's current one on the
+    device of `array`. None: `array` is no torch tensor on CUDA."""
+    if stream is not None:
+        return count("stream", stream, least=0, most=2**64 - 1)
+    torch = torch_of(array)
+    if torch is None or not array.is_cuda:
+        return None
+    handle: int = torch.cuda.current_stream(array.device).cuda_stream
+    return handle
+
+
 def empty_like(array: ArrayT, name: str) -> ArrayT:
     """A new contiguous array of the library, shape, dtype and device of `array`."""
     result: ArrayT = _empty(array, name, None, None)
@@ -97,10 +109,25 @@ def on_device(values: npt.NDArray[Any], device: str) -> Array:
     return torch.from_numpy(values).to(device)
 
 
-def device_name(device: object) -> str:
-    """'cpu', 'cuda' or 'cuda:<index>' from such a text or a torch.device."""
+def to_host(array: Any) -> Any:
+    """A NumPy copy of an array on CUDA, made on torch's current stream."""
+    import torch
+
+    return torch.from_dlpack(array).cpu().numpy()
+
+
+def wait_for(device: object) -> None:
+    """Waits for all work on a CUDA device, whatever its stream."""
+    import torch
+
+    torch.cuda.synchronize(device)
+
+
+def device_name(device: object, *, cpu: bool = True) -> str:
+    """'cpu' (if `cpu`), 'cuda' or 'cuda:<index>', from such a text or a torch.device."""
     text = str(device)
     kind, _, index = text.partition(":")
-    if text == "cpu" or (kind == "cuda" and (index.isdigit() or text == "cuda")):
+    if (text == "cpu" and cpu) or (kind == "cuda" and (index.isdigit() or text == "cuda")):
         return text
-    raise ValueError(f"device = {text!r}; allowed: 'cpu', 'cuda', 'cuda:<index>'")
+    allowed = "'cpu', 'cuda', 'cuda:<index>'" if cpu else "'cuda', 'cuda:<index>'"
+    raise ValueError(f"device = {text!r}; allowed: {allowed}")

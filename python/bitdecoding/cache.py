@@ -19,8 +19,15 @@ from bitdecoding.arrays import (
     empty_like,
     on_device,
     real,
+    stream_of,
+    to_host,
+    wait_for,
     zeros,
 )
+from bitdecoding.device_errors import raise_device_error
+from bitdecoding.workspace import Workspace, workspace_for
+
+_TABLES = ("block_table", "slots", "lengths", "packed")
 
 
 class PagedKvCache:
@@ -41,14 +48,23 @@ class PagedKvCache:
     keep_first : 0 to page_tokens; first tokens in fp16 (attention sinks)
     keep_last : 0 or more; newest tokens in fp16
     device : 'cpu' (NumPy arrays) or 'cuda', 'cuda:<index>' (torch tensors)
+    workspace : on CUDA, a `Workspace` to share with caches whose calls never overlap in time with
+        this one's; None: one of its own
 
     Sequence b owns the pages [b * max_pages, (b + 1) * max_pages) and slot b. Arrays of any other
     arrangement: `PagedKvCache.wrap`. Calls on one cache must not overlap in time.
 
+    On CUDA, append and decode take fp16 and bf16, are enqueued on a stream and never wait. What
+    only the device knows (lengths, page ids, slots) is checked there: a sequence with a fault is
+    not written, its output is NaN, all others are right, and `check` raises. Both calls can be
+    captured in a CUDA graph once each has run outside with the same shapes; `Workspace` says how
+    long memory must live.
+
     Raises
     ------
     ValueError, TypeError : an argument, named with its value and what is allowed
-    NotImplementedError : append, decode and check on CUDA, which have no kernel in this release
+    NotImplementedError : this build has no CUDA kernel for the format or the device
+    RuntimeError : an error of the CUDA driver
     """
 
     def __init__(
@@ -61,6 +77,7 @@ class PagedKvCache:
         keep_first: int = 16,
         keep_last: int = 64,
         device: object = "cpu",
+        workspace: Workspace | None = None,
     ) -> None:
         format = as_format(format)
         batch = count("batch", batch, least=1)
@@ -86,6 +103,7 @@ class PagedKvCache:
             keep_first=keep_first,
             keep_last=keep_last,
             max_tokens=max_tokens,
+            workspace=workspace,
         )
 
     @classmethod
@@ -101,6 +119,7 @@ class PagedKvCache:
         packed: Array,
         keep_first: int,
         keep_last: int,
+        workspace: Workspace | None = None,
     ) -> PagedKvCache:
         """A cache over arrays that the caller owns, without a copy.
 
@@ -115,9 +134,11 @@ class PagedKvCache:
         slots : int32 (batch,), rows of side
         lengths : int32 (batch,), tokens of each sequence
         packed : int32 (batch,), how many of them are in pages; a multiple of page_tokens
+        workspace : as in the constructor
 
         Sequences may share pages that are packed already. Pages that an append packs and slots
-        belong to one sequence each; append refuses others (`pack_pages` doesn't look).
+        belong to one sequence each; on a CPU append refuses others (`pack_pages` doesn't look), on
+        CUDA nothing does.
         `max_tokens` is what the columns of the block table suffice for.
         """
         cache = cls.__new__(cls)
@@ -132,12 +153,23 @@ class PagedKvCache:
             keep_first=count("keep_first", keep_first, least=0),
             keep_last=count("keep_last", keep_last, least=0),
             max_tokens=None,
+            workspace=workspace,
         )
         return cache
 
-    def _hold(self, *, format: KvFormat, max_tokens: int | None, **state: Any) -> None:
+    def _hold(
+        self,
+        *,
+        format: KvFormat,
+        max_tokens: int | None,
+        workspace: Workspace | None,
+        **state: Any,
+    ) -> None:
         self._state: dict[str, Any] = state
         self._arrays = CacheArrays(format, **state)
+        self._workspace = workspace_for(self._arrays.device, workspace)
+        if self._workspace is not None:
+            self._arrays.use_workspace(self._workspace)
         self._format = format
         self._max_tokens = self._arrays.capacity_tokens if max_tokens is None else max_tokens
 
@@ -149,19 +181,23 @@ class PagedKvCache:
         leftpad: Array | None = None,
         num_tokens: Array | None = None,
         threads: int = 0,
+        stream: int | None = None,
     ) -> None:
         """Adds new tokens to the end of every sequence.
 
         Parameters
         ----------
-        k, v : (B, S, H, D) float16, bfloat16 or float32; any strides but a unit last one. Values
-            become fp16 (magnitudes above 65504 and inf: 65504); a NaN makes its group NaN
+        k, v : (B, S, H, D) float16, bfloat16 or, on a CPU, float32; any strides but a unit last one
+            (on CUDA: 16-byte aligned rows). Values become fp16 (magnitudes above 65504 and inf:
+            65504); a NaN makes its group NaN
         leftpad : int32 (B,), rows of padding before row b's tokens; None: 0
         num_tokens : int32 (B,), row b's tokens; None: S - leftpad
-        threads : CPU threads; 0: one per hardware thread
+        threads : CPU threads; 0: one per hardware thread (on CUDA: 0)
+        stream : on CUDA, a cudaStream_t as an int. None: torch's current stream on the tensors'
+            device; needed where CUDA arrays are not torch tensors
 
         Raises ValueError before anything is written, also where a sequence would outgrow
-        `max_tokens`.
+        `max_tokens`; on CUDA what the device finds is left to `check`.
         """
         self._arrays.append(
             k,
@@ -170,6 +206,7 @@ class PagedKvCache:
             num_tokens=num_tokens,
             max_tokens=self._max_tokens,
             threads=count("threads", threads, least=0),
+            stream=stream_of(k, stream),
         )
 
     @overload
@@ -181,6 +218,8 @@ class PagedKvCache:
         out: ArrayT | None = None,
         return_softmax_lse: Literal[False] = False,
         threads: int = 0,
+        stream: int | None = None,
+        kernel: str | None = None,
     ) -> ArrayT: ...
 
     @overload
@@ -192,6 +231,8 @@ class PagedKvCache:
         out: ArrayT | None = None,
         return_softmax_lse: Literal[True],
         threads: int = 0,
+        stream: int | None = None,
+        kernel: str | None = None,
     ) -> tuple[ArrayT, Array]: ...
 
     def decode(
@@ -202,17 +243,23 @@ class PagedKvCache:
         out: ArrayT | None = None,
         return_softmax_lse: bool = False,
         threads: int = 0,
+        stream: int | None = None,
+        kernel: str | None = None,
     ) -> ArrayT | tuple[ArrayT, Array]:
         """Attention of new queries over all tokens of their sequences (no causal mask).
 
         Parameters
         ----------
-        q : (B, Sq, Hq, D) float16, bfloat16 or float32; unit last stride; Hq a multiple of H
+        q : (B, Sq, Hq, D) float16, bfloat16 or, on a CPU, float32; unit last stride (on CUDA: even
+            strides); Hq a multiple of H
         softmax_scale : multiplies the scores; finite, not 0; None: 1 / sqrt(D)
         out : contiguous array of q's shape, dtype and device to write to; None: a new one of q's
             library
         return_softmax_lse : also return the natural logarithm of the sum of exponentials
-        threads : CPU threads; 0: one per hardware thread
+        threads : CPU threads; 0: one per hardware thread (on CUDA: 0)
+        stream : as in `append`
+        kernel : on CUDA, the decode kernel of `build_info()["kernels"]` to use; None: the one for
+            the device and the number of query columns, Sq * Hq / H
 
         Returns out, or (out, lse) with lse float32 (B, Hq, Sq). An empty sequence gives 0 and -inf.
         """
@@ -226,17 +273,52 @@ class PagedKvCache:
             shape = getattr(q, "shape", ())
             batch, tokens, heads = (*shape, 0, 0, 0)[:3]  # a wrong rank is refused below
             lse = empty_floats(q, "q", (batch, heads, tokens))
-        self._arrays.decode(q, result, lse=lse, softmax_scale=scale, threads=threads)
+        self._arrays.decode(
+            q,
+            result,
+            lse=lse,
+            softmax_scale=scale,
+            threads=threads,
+            stream=stream_of(q, stream),
+            kernel=kernel,
+        )
         return result if lse is None else (result, lse)
 
+    def plan_decode(
+        self, *, query_heads: int, query_tokens: int = 1, kernel: str | None = None
+    ) -> dict[str, Any]:
+        """How decode runs on this cache's CUDA device for queries of that shape.
+
+        Keys: kernel, ctas, warps (of a CTA), stages (of a warp), stage_bytes, smem_bytes (of a
+        CTA), workspace_bytes (of a `Workspace`). None of them depends on lengths.
+        """
+        heads = int(self.pool.shape[1])
+        query_heads = count("query_heads", query_heads, least=1)
+        if query_heads % heads != 0:
+            raise ValueError(
+                f"query_heads = {query_heads}; allowed: multiples of num_kv_heads ({heads})"
+            )
+        columns = count("query_tokens", query_tokens, least=1) * (query_heads // heads)
+        return self._arrays.plan_decode(count("columns", columns, least=1), kernel=kernel)
+
     def reset(self) -> None:
-        """Makes every sequence empty. Pages and zones keep their bytes, which nothing reads."""
+        """Makes every sequence empty. Pages and zones keep their bytes, which nothing reads. On
+        CUDA it runs on torch's current stream and doesn't wait."""
         self.lengths[:] = 0
         self.packed[:] = 0
 
     def check(self) -> None:
-        """Raises ValueError where page ids, slots, lengths or packed are out of range."""
-        self._arrays.check()
+        """Raises ValueError where page ids, slots, lengths or packed are out of range.
+
+        On CUDA it waits for the device and raises first, once, what an append or decode since the
+        last check was the first to find."""
+        tables = {name: self._state[name] for name in _TABLES}
+        if self._workspace is not None:
+            wait_for(self._workspace.device)
+            if self._arrays.error_word is not None:
+                raise_device_error(self._arrays.error_word)
+            tables = {name: to_host(array) for name, array in tables.items()}
+        self._arrays.check(**tables)
 
     @property
     def format(self) -> KvFormat:
@@ -289,6 +371,11 @@ class PagedKvCache:
         return self._state["packed"]
 
     @property
+    def workspace(self) -> Workspace | None:
+        """On CUDA, the memory that calls need besides the cache; not part of `nbytes`."""
+        return self._workspace
+
+    @property
     def nbytes(self) -> int:
         """Bytes of everything allocated: pages, 16-bit zones and tables, used or not."""
         arrays = (self.pool, self.side, self.block_table, self.slots, self.lengths, self.packed)
@@ -304,7 +391,8 @@ class PagedKvCache:
 
     # copy.deepcopy and pickle: the arrays are copied, the compiled view is made again.
     def __getstate__(self) -> dict[str, Any]:
-        return {"format": self._format, "max_tokens": self._max_tokens, **self._state}
+        own = {"format": self._format, "max_tokens": self._max_tokens}
+        return {**own, "workspace": self._workspace, **self._state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._hold(**state)

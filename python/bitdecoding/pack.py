@@ -4,14 +4,8 @@
 from __future__ import annotations
 
 from bitdecoding._ext import KvFormat, pack_arrays
-from bitdecoding.arrays import Array, as_format, count, torch_of
-
-# DeviceError of the library: the argument that was found bad on the device, and its rule.
-_PACK_ERRORS = {
-    1: ("leftpad, num_tokens", "runs inside a row's {limit} tokens"),
-    2: ("first_page", "pages inside the {limit} columns of block_table"),
-    3: ("block_table", "page ids from 0, below {limit}"),
-}
+from bitdecoding.arrays import Array, as_format, count, stream_of, torch_of
+from bitdecoding.device_errors import raise_device_error
 
 
 def pack_pages(
@@ -45,7 +39,7 @@ def pack_pages(
     format : a `KvFormat` or its canonical name
     keep_first : positions below it don't widen the ranges of channel-axis K groups
     first_page, leftpad, num_tokens : int32 (B,); None: 0, 0, S - leftpad
-    threads : CPU threads; 0: one per hardware thread
+    threads : CPU threads; 0: one per hardware thread (on CUDA: 0)
     stream : a cudaStream_t as an int. None: torch's current stream on the tensors' device; needed
         where CUDA arrays are not torch tensors
     check : on CUDA, wait for the result and raise ValueError for an index in device memory that is
@@ -55,7 +49,7 @@ def pack_pages(
     Raises ValueError, TypeError; NotImplementedError where the build has no kernel for the format;
     RuntimeError for an error of the CUDA driver.
     """
-    stream, error_word = _stream(k, stream, check)
+    error_word = _error_word(k, stream) if check else None
     pack_arrays(
         k,
         v,
@@ -67,29 +61,18 @@ def pack_pages(
         leftpad=leftpad,
         num_tokens=num_tokens,
         threads=count("threads", threads, least=0),
-        stream=stream,
+        stream=stream_of(k, stream),
         error_word=error_word,
     )
     if error_word is not None:
-        _raise_pack_error(*error_word.tolist())
+        raise_device_error(error_word)
 
 
-def _stream(k: Array, stream: int | None, check: bool) -> tuple[int | None, Array | None]:
-    """The stream to pack on and, where that is torch's and `check` is set, an error word."""
-    torch = torch_of(k)
+def _error_word(k: Array, stream: int | None) -> Array | None:
+    """What a checked call on CUDA reports to; None on a CPU, which needs none."""
     if stream is not None:
-        if check:
-            raise ValueError(f"check = True with stream = {stream}; allowed: stream = None")
-        return count("stream", stream, least=0, most=2**64 - 1), None
+        raise ValueError(f"check = True with stream = {stream}; allowed: stream = None")
+    torch = torch_of(k)
     if torch is None or not k.is_cuda:
-        return None, None
-    error_word = torch.zeros(4, dtype=torch.int32, device=k.device) if check else None
-    return torch.cuda.current_stream(k.device).cuda_stream, error_word
-
-
-def _raise_pack_error(sequence: int, value: int, limit: int, kind: int) -> None:
-    if sequence == 0:
-        return
-    argument, allowed = _PACK_ERRORS[kind]
-    allowed = allowed.format(limit=limit)
-    raise ValueError(f"{argument} of sequence {sequence - 1} = {value}; allowed: {allowed}")
+        return None
+    return torch.zeros(4, dtype=torch.int32, device=k.device)

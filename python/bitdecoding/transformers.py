@@ -76,7 +76,7 @@ class LowBitCache(Cache):  # type: ignore[misc]
         self.format = resolve_format(format, head_dim)
         self._columns = Columns()
         threads = count("threads", threads, least=0)
-        settings = {
+        settings: dict[str, Any] = {
             "keep_first": count("keep_first", keep_first, least=0),
             "keep_last": count("keep_last", keep_last, least=0),
         }
@@ -125,7 +125,7 @@ class _LowBitLayer(CacheLayerMixin):  # type: ignore[misc]
         columns: Columns,
         max_tokens: int | None,
         threads: int,
-        settings: dict[str, int],
+        settings: dict[str, Any],
     ) -> None:
         super().__init__()
         self.format = format

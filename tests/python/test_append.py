@@ -56,7 +56,7 @@ def one_by_one(cache: PagedKvCache, k: Floats32, v: Floats32) -> None:
 def test_tokens_one_by_one(f: KvFormat, rng: np.random.Generator) -> None:
     tokens = 2 * f.page_tokens + 40 + 3
     k, v = (mixed(len(FAMILIES), tokens, 1, f.head_dim, rng) for _ in range(2))
-    settings = {"batch": len(FAMILIES), "num_kv_heads": 1, "max_tokens": tokens}
+    settings: dict[str, Any] = {"batch": len(FAMILIES), "num_kv_heads": 1, "max_tokens": tokens}
     cache = PagedKvCache(f, **settings, keep_first=3, keep_last=40)
     one_by_one(cache, k, v)
     for b in range(len(k)):

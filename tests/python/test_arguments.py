@@ -83,6 +83,8 @@ BAD_APPENDS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"threads": -1}, ValueError, ["threads = -1", "0"]),
     ({"threads": 1.5}, TypeError, ["threads = 1.5", "int"]),
     ({"threads": 2**40}, ValueError, ["threads = 1099511627776", "0 to"]),
+    ({"stream": 0}, ValueError, ["stream = 0", "None", "cpu"]),
+    ({"stream": 1.0}, TypeError, ["stream = 1.0", "int"]),
     ({"k": rows(B, 51, H, 64), "v": rows(B, 51, H, 64)}, ValueError, ["201", "200 (max_tokens)"]),
 ]
 
@@ -106,6 +108,8 @@ BAD_DECODES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"softmax_scale": 10**400}, TypeError, ["softmax_scale = 1", "number"]),
     ({"threads": -2}, ValueError, ["threads = -2", "0"]),
     ({"threads": None}, TypeError, ["threads = None", "int"]),
+    ({"stream": 3}, ValueError, ["stream = 3", "None", "cpu"]),
+    ({"kernel": "decode_x"}, ValueError, ["kernel = 'decode_x'", "None", "cpu"]),
 ]
 
 BAD_PACKS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,15 +13,15 @@ from cache_contents import ARRAYS
 from pretended_cuda import PretendedCuda
 from samples import FORMATS
 
-from bitdecoding import PagedKvCache, build_info, pack_pages
+from bitdecoding import PagedKvCache, Workspace, build_info, pack_pages
 
 F = FORMATS[0]
 
 
-def cuda_cache(device: int = 0) -> PagedKvCache:
+def cuda_cache(device: int = 0, workspace: Any = None) -> PagedKvCache:
     own = PagedKvCache(F, batch=2, num_kv_heads=2, max_tokens=300)
     arrays = {name: PretendedCuda(getattr(own, name), device) for name in ARRAYS}
-    return PagedKvCache.wrap(F, **arrays, keep_first=16, keep_last=64)
+    return PagedKvCache.wrap(F, **arrays, keep_first=16, keep_last=64, workspace=workspace)
 
 
 def tokens(device: int | None = None, count: int = 1) -> Any:
@@ -27,16 +29,62 @@ def tokens(device: int | None = None, count: int = 1) -> Any:
     return x if device is None else PretendedCuda(x, device)
 
 
-def test_operations_without_a_kernel_are_named() -> None:
+def test_operations_need_a_stream_and_a_kernel() -> None:
     cache = cuda_cache(1)
     k = tokens(1)
-    for operation in (
-        lambda: cache.append(k, k),
-        lambda: cache.decode(k, out=tokens(1)),
-        cache.check,
-    ):
-        with pytest.raises(NotImplementedError, match=r"no CUDA kernel.*cuda:1; allowed: cpu"):
+    operations: list[Callable[..., object]] = [
+        lambda **options: cache.append(k, k, **options),
+        lambda **options: cache.decode(k, out=tokens(1), **options),
+    ]
+    for operation in operations:
+        with pytest.raises(ValueError, match=r"stream = None; allowed: a cudaStream_t.*cuda:1"):
             operation()
+        with pytest.raises(ValueError, match=r"threads = 2; allowed: 0, since .* on cuda:1"):
+            operation(threads=2, stream=0)
+        with pytest.raises(ValueError, match="stream = -1; allowed: 0 to"):
+            operation(stream=-1)
+        if not build_info()["kernels"]:
+            with pytest.raises(NotImplementedError, match=r"cuda:1: .*no CUDA kernels.*: cpu"):
+                operation(stream=0)
+    if not build_info()["kernels"]:
+        with pytest.raises(NotImplementedError, match="no CUDA kernels"):
+            cache.plan_decode(query_heads=4)
+
+
+def test_queries_are_16_bit_and_read_in_pairs() -> None:
+    cache = cuda_cache()
+    q = np.zeros((2, 1, 2, F.head_dim), np.float32)
+    with pytest.raises(ValueError, match="q dtype = float32; allowed on a CUDA device: float16"):
+        cache.decode(PretendedCuda(q), out=PretendedCuda(q), stream=0)
+    odd = np.zeros((2, 1, 2, F.head_dim + 1), np.float16)[..., :-1]
+    with pytest.raises(ValueError, match=r"q stride = 129 elements; allowed.*multiples of 2"):
+        cache.decode(PretendedCuda(odd), out=tokens(0), stream=0)
+    wide = np.zeros((2, 1, 3, F.head_dim), np.float16)
+    with pytest.raises(ValueError, match="query_heads = 3; allowed: multiples of num_kv_heads"):
+        cache.decode(PretendedCuda(wide), out=PretendedCuda(wide), stream=0)
+    with pytest.raises(ValueError, match="query_heads = 3; allowed: multiples of num_kv_heads"):
+        cache.plan_decode(query_heads=3)
+
+
+def test_workspaces_are_of_the_device_of_the_arrays() -> None:
+    own, other = cuda_cache(1).workspace, cuda_cache(1).workspace
+    assert isinstance(own, Workspace)
+    assert own is not other
+    shared = Workspace("cuda:1")
+    assert (shared.device, shared.nbytes, repr(shared)) == ("cuda:1", 0, "Workspace('cuda:1')")
+    assert cuda_cache(1, workspace=shared).workspace is shared
+    with pytest.raises(ValueError, match=r"Workspace\('cuda:1'\); allowed: None, .*'cuda:0'"):
+        cuda_cache(0, workspace=shared)
+    with pytest.raises(ValueError, match=r"Workspace\('cuda:1'\); allowed: None, since .* on cpu"):
+        PagedKvCache(F, batch=1, num_kv_heads=1, max_tokens=1, workspace=shared)
+    with pytest.raises(ValueError, match="workspace = 7; allowed: None, Workspace"):
+        cuda_cache(0, workspace=7)
+    for bad in ("cpu", "cuda:x", 3):
+        with pytest.raises(ValueError, match=f"device = '{bad}'; allowed: 'cuda'"):
+            Workspace(bad)
+    one, two = copy.deepcopy([shared, shared])
+    assert one is two is not shared
+    assert one.device == "cuda:1"
 
 
 @pytest.mark.parametrize("place", range(1, len(ARRAYS)))

@@ -143,8 +143,8 @@ def test_two_devices_are_named(torch: Any, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize(
     ("table", "place", "value", "message"),
     [
-        ("block_table", (2, 1), 5 * B, r"block_table of sequence 2 = 40; .* below 40"),
-        ("block_table", (2, 1), -1, r"block_table of sequence 2 = -1; .* below 40"),
+        ("block_table", (2, 1), 5 * B, r"block_table of sequence 2 = 40; .* 0 to 39"),
+        ("block_table", (2, 1), -1, r"block_table of sequence 2 = -1; .* 0 to 39"),
         ("first_page", 2, 4, r"first_page of sequence 2 = 4; .* 4 columns"),
         ("first_page", 2, -7, r"first_page of sequence 2 = -7; .* 4 columns"),
         ("num_tokens", 2, 301, r"leftpad, num_tokens of sequence 2 = 301; .* 300 tokens"),
