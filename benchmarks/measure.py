@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 import bitdecoding
 
 
-def time_us(calls: list[Callable[[], None]], iterations: int, warm_up: int = 10) -> dict[str, Any]:
+def time_us(
+    calls: Sequence[Callable[[], Any]], iterations: int, warm_up: int = 10
+) -> dict[str, Any]:
     """Times single calls with CUDA events, taking turns through ``calls``.
 
     ``calls`` do the same work on different memory, so that together they touch several times the
@@ -30,14 +33,48 @@ def time_us(calls: list[Callable[[], None]], iterations: int, warm_up: int = 10)
         calls[i % len(calls)]()
         end.record()
     torch.cuda.synchronize()
-    times = np.array([begin.elapsed_time(end) * 1e3 for begin, end in pairs])
+    return _spread([begin.elapsed_time(end) * 1e3 for begin, end in pairs])
+
+
+def _spread(times: list[float]) -> dict[str, Any]:
     p10, median, p90 = np.percentile(times, [10, 50, 90])
     return {
         "time_us": round(float(median), 2),
         "p10_us": round(float(p10), 2),
         "p90_us": round(float(p90), 2),
-        "iterations": iterations,
+        "iterations": len(times),
     }
+
+
+def graph_time_us(
+    calls: Sequence[Callable[[], Any]], launches: int, iterations: int, warm_up: int = 3
+) -> dict[str, Any]:
+    """Times replays of one CUDA graph of ``launches`` calls, taking turns through ``calls``.
+
+    Returns a call's share of a replay: median, 10th and 90th percentile in microseconds.
+    """
+    for call in calls:  # the first call of a kernel loads it, which no capture may do
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            calls[i % len(calls)]()
+    row = time_us([graph.replay], iterations, warm_up)
+    shares = {name: round(row[name] / launches, 2) for name in ("time_us", "p10_us", "p90_us")}
+    return row | shares
+
+
+def host_us(calls: Sequence[Callable[[], Any]], count: int = 50, repeats: int = 9) -> float:
+    """Host time of one call: ``count`` of them into an empty queue, none of which waits. Median."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for i in range(count):
+            calls[i % len(calls)]()
+        times.append(1e6 * (time.perf_counter() - begin) / count)
+    torch.cuda.synchronize()
+    return round(float(np.median(times)), 2)
 
 
 def machine() -> dict[str, Any]:
