@@ -9,15 +9,17 @@ import math
 import os
 import platform
 import sys
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bitdecoding import build_info
 from bitdecoding.arrays import LARGEST
 from bitdecoding.demo import DemoOptions, run_demo
 from bitdecoding.demo_assets import DemoError
-from bitdecoding.plan import ModelShape, sequence_bytes, sixteen_bit_bytes
+from bitdecoding.plan import ModelShape, has_kernels, sequence_bytes, sixteen_bit_bytes
 from bitdecoding.recipes import RECIPES, resolve_format
 from bitdecoding.tables import print_table
 
@@ -118,8 +120,16 @@ def _info(options: argparse.Namespace) -> int:
         [(name, *_describe(name, 64), *_describe(name, 128)) for name in RECIPES],
         title="formats (bits per element with scales and zero-points)",
     )
-    print("kernels" + "".join(f"\n  {name}" for name in facts["kernels"] or ["none (CPU only)"]))
+    print("kernels")
+    _print_kernels(facts["kernels"] or ["none (CPU only)"])
     return 0
+
+
+def _print_kernels(names: Sequence[str]) -> None:
+    """Those of one operation and architecture together, a few on a line."""
+    for start in dict.fromkeys(name.partition("_k")[0] for name in names):
+        group = " ".join(name for name in names if name.partition("_k")[0] == start)
+        print(textwrap.fill(group, 100, initial_indent="  ", subsequent_indent="  "))
 
 
 def _gpus() -> list[str]:
@@ -127,8 +137,12 @@ def _gpus() -> list[str]:
         return ["unknown (torch is not installed)"]
     import torch
 
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return names or ["none"]
+    return [_gpu(torch.cuda, i) for i in range(torch.cuda.device_count())] or ["none"]
+
+
+def _gpu(cuda: Any, index: int) -> str:
+    major, minor = cuda.get_device_capability(index)
+    return f"{cuda.get_device_name(index)} (compute capability {major}.{minor})"
 
 
 def _describe(name: str, head_dim: int) -> tuple[str, str]:
@@ -142,13 +156,14 @@ def _plan(options: argparse.Namespace) -> int:
     base = sixteen_bit_bytes(shape, tokens)
     formats = [resolve_format(name, shape.head_dim) for name in options.format or RECIPES]
     zones = {"keep_first": options.keep_first, "keep_last": options.keep_last}
-    header = ["cache", "format", "bits", "MB each", "tokens/GB", "smaller"]
-    rows = [["16-bit", "", "16.00", *_sizes(base, base, tokens)]]
+    header = ["cache", "format", "CUDA", "bits", "MB each", "tokens/GB", "smaller"]
+    rows = [["16-bit", "", "", "16.00", *_sizes(base, base, tokens)]]
     for name, format in zip(options.format or RECIPES, formats, strict=True):
         size = sequence_bytes(shape, format, tokens, **zones)
         label = name if name in RECIPES else ""
         bits = f"{format.bits_per_element:.2f}"
-        rows.append([label, str(format), bits, *_sizes(size, base, tokens)])
+        cuda = "yes" if has_kernels(format) else "no"
+        rows.append([label, str(format), cuda, bits, *_sizes(size, base, tokens)])
     if options.memory is not None:
         header.append(f"in {options.memory:g} GB")
         sizes = [base, *(sequence_bytes(shape, f, tokens, **zones) for f in formats)]
@@ -158,7 +173,10 @@ def _plan(options: argparse.Namespace) -> int:
         f"{shape.layers} layers, {shape.heads_kv} KV heads, head_dim {shape.head_dim}: sequences "
         f"of {tokens} tokens, {options.keep_first} first and {options.keep_last} newest in 16 bit"
     )
-    caption = "All that is allocated counts: pages, 16-bit zones, tables. 1 GB = 10^9 bytes."
+    caption = (
+        "All that is allocated counts: pages, 16-bit zones, tables. 1 GB = 10^9 bytes. "
+        "CUDA: whether this build has kernels for the format."
+    )
     print_table(header, rows, title=title, caption=caption)
     return 0
 

@@ -18,7 +18,8 @@ class Columns:
         self.reset()
 
     def reset(self) -> None:
-        self._real: torch.Tensor | None = None  # (B, columns) bool, True = token
+        self._real: torch.Tensor | None = None  # (B, columns) bool, True = token; None: all are
+        self._columns = 0
         self._last: tuple[Any, ...] = ()  # the last question ...
         self._answer: torch.Tensor | None = None  # ... which every layer of a step asks again
 
@@ -32,13 +33,27 @@ class Columns:
         """
         if self._last and self._last[0] is mask and self._last[1:] == (batch, seen, tokens):
             return self._answer
-        if mask is None:
-            real = torch.ones(batch, seen + tokens, dtype=torch.bool)
-        else:
+        answer = None
+        if mask is not None or self._real is not None:
+            answer = self._checked(mask, batch, seen, tokens)
+        self._columns = seen + tokens
+        self._last = (mask, batch, seen, tokens)
+        self._answer = answer
+        return answer
+
+    def longest(self) -> int:
+        """Tokens of the row with the least padding, new ones included."""
+        return self._columns if self._real is None else int(self._real.sum(1).max())
+
+    def _checked(
+        self, mask: torch.Tensor | None, batch: int, seen: int, tokens: int
+    ) -> torch.Tensor | None:
+        """leftpad() where somebody says or said something of padding."""
+        real = torch.ones(batch, seen + tokens, dtype=torch.bool)
+        past = real[:, :seen] if self._real is None else self._real
+        if mask is not None:
             real = _checked_mask(mask, batch, seen + tokens)
-        if self._real is not None and not torch.equal(
-            self._real[:, : seen + tokens], real[:, : self._real.shape[1]]
-        ):
+        if not torch.equal(past[:, : seen + tokens], real[:, : past.shape[1]]):
             raise ValueError(
                 "attention_mask differs from the one the cache was filled with in columns "
                 f"0..{seen - 1}; allowed: the same columns, then those of the new tokens"
@@ -46,10 +61,8 @@ class Columns:
         pad = tokens - real[:, seen:].sum(1)  # (B,)
         if not torch.equal(real[:, seen:], torch.arange(tokens) >= pad[:, None]):
             raise ValueError("attention_mask has holes or right padding; allowed: left padding")
-        self._real = real
-        self._last = (mask, batch, seen, tokens)
-        self._answer = pad.to(torch.int32) if bool(pad.any()) else None
-        return self._answer
+        self._real = None if bool(real.all()) else real
+        return pad.to(torch.int32) if bool(pad.any()) else None
 
 
 def _checked_mask(mask: Any, batch: int, columns: int) -> torch.Tensor:

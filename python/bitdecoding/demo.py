@@ -168,6 +168,8 @@ def _prepare(options: DemoOptions, progress: Any) -> tuple[Session, dict[str, An
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "cuda": build_info()["cuda"],
+        "cuda_driver": build_info()["cuda_driver"],
         "threads": torch.get_num_threads(),
         "model": model_path.name,
         "text": text_path.name,
@@ -192,15 +194,11 @@ def _contend(
 
     from bitdecoding import demo_run
 
-    def cache(after: int) -> Any:
-        if recipe is None:
-            return demo_run.sixteen_bit_cache(session)
-        return demo_run.low_bit_cache(session, recipe, after)
-
-    forced_cache = cache(options.steps)
+    forced_cache = demo_run.new_cache(session, recipe, options.steps)
     forced = demo_run.teacher_forced(session, forced_cache, options.steps, tick)
     logits = forced.logits
     top1, kl = demo_run.agreement(logits if reference is None else reference, logits)
+    new = options.new_tokens
     result = CacheResult(
         name=name,
         format="float16" if recipe is None else str(forced_cache.format),
@@ -210,7 +208,9 @@ def _contend(
         top1=top1,
         kl=kl,
         finite=bool(torch.isfinite(logits).all()),
-        text=demo_run.free_text(session, cache(options.new_tokens + 1), options.new_tokens),
+        text=demo_run.free_text(
+            session, demo_run.new_cache(session, recipe, after=new + 1), new_tokens=new
+        ),
     )
     return result, logits
 
@@ -237,9 +237,11 @@ def _device(wanted: str) -> str:
 
     if wanted == "cuda" and not torch.cuda.is_available():
         raise DemoError("--device cuda: torch sees no CUDA device")
+    built = any(name.startswith("decode") for name in build_info()["kernels"])
+    if wanted == "cuda" and not built:
+        raise DemoError("--device cuda: this build has no decode kernels")
     if wanted != "auto":
         return wanted
-    built = any(name.startswith("decode") for name in build_info()["kernels"])
     return "cuda" if built and torch.cuda.is_available() else "cpu"
 
 

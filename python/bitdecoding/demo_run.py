@@ -124,6 +124,20 @@ def low_bit_cache(session: Session, format: str, after: int) -> LowBitCache:
     return cache
 
 
+def new_cache(session: Session, recipe: str | None, after: int) -> Cache:
+    """A new cache that holds the prompt: packed by ``recipe``, or 16-bit where that is None."""
+    return sixteen_bit_cache(session) if recipe is None else low_bit_cache(session, recipe, after)
+
+
+def move(session: Session, device: str) -> Session:
+    """The session on another device. Its model moves there, its prompt is copied."""
+    prompt = Cache(layers=[HalfLayer() for _ in session.prompt.layers])
+    for layer, source in zip(prompt.layers, session.prompt.layers, strict=True):
+        layer.update(source.keys.to(device), source.values.to(device))
+    model, tokens = session.model.to(device), session.tokens.to(device)
+    return Session(model, session.tokenizer, tokens, session.prompt_tokens, prompt)
+
+
 def cache_bytes(cache: Cache) -> int:
     """Bytes allocated by a cache of either kind."""
     if isinstance(cache, LowBitCache):
@@ -141,6 +155,8 @@ def teacher_forced(session: Session, cache: Cache, steps: int, tick: Tick) -> Fo
             logits.append(out.float().cpu())  # also waits for the device
             seconds.append(time.perf_counter() - start)
             tick()
+    if isinstance(cache, LowBitCache):
+        cache.check()  # a GPU speaks only when asked
     return Forced(torch.stack(logits), sorted(seconds)[len(seconds) // 2])
 
 
@@ -162,6 +178,10 @@ def free_text(session: Session, cache: Cache, new_tokens: int) -> str:
 def agreement(reference: torch.Tensor, logits: torch.Tensor) -> tuple[float, float]:
     """(share of equal most likely tokens, mean KL(reference || logits) in nats), (steps, V)."""
     top1 = (reference.argmax(-1) == logits.argmax(-1)).double().mean()
+    return float(top1), float(divergences(reference, logits).mean())
+
+
+def divergences(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(reference || logits) in nats of every step, (steps, V) -> (steps,) float64."""
     log_p, log_q = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
-    kl = kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
-    return float(top1), float(kl)
+    return kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a cache takes: the bytes that PagedKvCache and LowBitCache allocate."""
+"""What a cache of a format asks for: the bytes that PagedKvCache and LowBitCache allocate, and on
+CUDA kernels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitdecoding import KvFormat
+from bitdecoding import KvFormat, build_info
 from bitdecoding._ext import sequence_extents
 
 
@@ -34,3 +35,12 @@ def sequence_bytes(
     side = 2 * (keep_first + tail) * shape.head_dim * 2  # K and V, fp16
     tables = 4 * (pages + 3)  # int32: block table, slot, length, packed
     return shape.layers * (shape.heads_kv * (pages * format.page_bytes() + side) + tables)
+
+
+def has_kernels(format: KvFormat) -> bool:
+    """Whether this build can append to and decode caches of the format on some CUDA device."""
+    page = f"k{format.k_bits}v{format.v_bits}_{format.k_axis[0]}_d{format.head_dim}"
+    kernels = build_info()["kernels"]
+    return f"append_{page}" in kernels and any(
+        name.startswith("decode_") and f"_{page}_" in name for name in kernels
+    )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from bitdecoding import KvFormat, PagedKvCache
+from bitdecoding import KvFormat, PagedKvCache, Workspace
 from bitdecoding._ext import sequence_extents
 from bitdecoding.arrays import count
 from bitdecoding.recipes import resolve_format
@@ -51,9 +51,11 @@ class LowBitCache(Cache):  # type: ignore[misc]
     format      "int4" (K and V 4 bits), "k4v2", "int2", a canonical name, or a KvFormat
     max_tokens  room per sequence; None grows with the text, a quarter ahead of it
     keep_first, keep_last   first and newest tokens of a sequence that stay in 16 bit
-    threads     of the CPU backend; 0 = all cores
+    threads     of the CPU backend; 0 = all cores; on CUDA only 0
 
-    For inference: no gradients pass through it.
+    For inference: no gradients pass through it. Every layer is on the device of its keys. On CUDA a
+    float32 model's queries, keys and values become float16 on their way to the cache, and its
+    results float32 again; `check` raises what only the device can know.
 
     Raises NotImplementedError for models with sliding or chunked windows, cross attention, soft
     caps, latent attention or layers that share a cache; ValueError for a format that does not fit.
@@ -75,6 +77,7 @@ class LowBitCache(Cache):  # type: ignore[misc]
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         self.format = resolve_format(format, head_dim)
         self._columns = Columns()
+        workspaces: dict[str, Workspace] = {}  # layers run one after the other: one per device
         threads = count("threads", threads, least=0)
         settings: dict[str, Any] = {
             "keep_first": count("keep_first", keep_first, least=0),
@@ -85,7 +88,7 @@ class LowBitCache(Cache):  # type: ignore[misc]
         sequence_extents(self.format, **settings, max_tokens=max_tokens or 1)  # refuses bad zones
         super().__init__(
             layers=[
-                _LowBitLayer(self.format, self._columns, max_tokens, threads, settings)
+                _LowBitLayer(self.format, self._columns, workspaces, max_tokens, threads, settings)
                 for _ in range(text.num_hidden_layers)
             ]
         )
@@ -105,6 +108,13 @@ class LowBitCache(Cache):  # type: ignore[misc]
             layer.lazy_initialization(source.keys, source.values)
             layer.append(source.keys, source.values, layer.leftpad(source.keys, attention_mask))
 
+    def check(self) -> None:
+        """Raises ValueError where a layer's tables are damaged or, on CUDA, were when a call ran.
+        Waits for the device."""
+        for layer in self.layers:
+            if layer.cache is not None:
+                layer.cache.check()
+
     def reset(self) -> None:
         """Forgets all tokens; the memory stays."""
         self._columns.reset()
@@ -123,6 +133,7 @@ class _LowBitLayer(CacheLayerMixin):  # type: ignore[misc]
         self,
         format: KvFormat,
         columns: Columns,
+        workspaces: dict[str, Workspace],
         max_tokens: int | None,
         threads: int,
         settings: dict[str, Any],
@@ -130,6 +141,7 @@ class _LowBitLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.format = format
         self.columns = columns
+        self.workspaces = workspaces
         self.max_tokens = max_tokens
         self.threads = threads
         self.settings = settings
@@ -149,12 +161,16 @@ class _LowBitLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.seen:
             raise ValueError(f"batch = {batch}; the cache is filled with {self.batch_size} rows")
         room = _ahead(tokens) if self.max_tokens is None else self.max_tokens
+        device = str(key_states.device)
+        if key_states.is_cuda and device not in self.workspaces:
+            self.workspaces[device] = Workspace(device)
         self.cache = PagedKvCache(
             self.format,
             batch=batch,
             num_kv_heads=heads,
             max_tokens=room,
-            device=str(key_states.device),
+            device=device,
+            workspace=self.workspaces.get(device),
             **self.settings,
         )
         self.batch_size = batch
@@ -178,11 +194,11 @@ class _LowBitLayer(CacheLayerMixin):  # type: ignore[misc]
         leftpad = self.leftpad(keys, mask)
         if self.seen and query.shape[2] == 1:
             self.append(keys, values, leftpad)
-            return self._decode(query, scale)[0]
+            return self._decode(query, scale).to(query.dtype)
         if self.seen == 0:
             out = causal_attention(query, keys, values, scale, leftpad)
         else:
-            past = self._decode(query, scale)
+            past = self._decode(query, scale, return_softmax_lse=True)
             out = merge(past, causal_attention_with_lse(query, keys, values, scale, leftpad))
         self.append(keys, values, leftpad)
         return out.to(query.dtype)
@@ -194,30 +210,33 @@ class _LowBitLayer(CacheLayerMixin):  # type: ignore[misc]
         assert self.cache is not None
         self._reserve(self.seen + keys.shape[2])
         self.cache.append(
-            keys.detach().transpose(1, 2),  # (B, S, Hkv, D)
-            values.detach().transpose(1, 2),
+            _readable(keys).transpose(1, 2),  # (B, S, Hkv, D)
+            _readable(values).transpose(1, 2),
             leftpad=None if leftpad is None else leftpad.to(keys.device),
             threads=self.threads,
         )
         self.seen += keys.shape[2]
 
-    def _decode(self, query: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, Hq, S, D) -> out (B, S, Hq, D), lse (B, Hq, S) over the whole cache."""
+    def _decode(self, query: torch.Tensor, scale: float, **options: Any) -> Any:
+        """(B, Hq, S, D) -> out (B, S, Hq, D) over the whole cache, as PagedKvCache.decode."""
         assert self.cache is not None
-        out, lse = self.cache.decode(
-            query.detach().transpose(1, 2),
-            softmax_scale=scale,
-            return_softmax_lse=True,
-            threads=self.threads,
-        )
-        return torch.as_tensor(out), torch.as_tensor(lse)
+        q = _readable(query).transpose(1, 2)
+        return self.cache.decode(q, softmax_scale=scale, threads=self.threads, **options)
 
     def _reserve(self, tokens: int) -> None:
-        """Adds pages to a cache without a fixed size: new ids at the end of pool and table."""
+        """Room for that many columns. A cache without a fixed size gets pages: new ids at the end
+        of pool and table."""
         cache = self.cache
         assert cache is not None
-        if self.max_tokens is not None or tokens <= cache.max_tokens:
+        if tokens <= cache.max_tokens:
             return
+        if self.max_tokens is not None:
+            if (longest := self.columns.longest()) > self.max_tokens:
+                raise ValueError(
+                    f"tokens of a row = {longest}; allowed: at most {self.max_tokens} (max_tokens)"
+                )
+            return
+        cache.check()  # on CUDA what was found wrong so far would go with it
         pool, table = torch.as_tensor(cache.pool), torch.as_tensor(cache.block_table)
         pages = -(-(_ahead(tokens) - cache.max_tokens) // self.format.page_tokens)  # of each row
         new = torch.arange(self.batch_size * pages, dtype=table.dtype, device=table.device)
@@ -230,6 +249,7 @@ class _LowBitLayer(CacheLayerMixin):  # type: ignore[misc]
             slots=cache.slots,
             lengths=cache.lengths,
             packed=cache.packed,
+            workspace=cache.workspace,
             **self.settings,
         )
 
@@ -283,6 +303,12 @@ class _NewTokens:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise RuntimeError(f"this attention implementation cannot read a LowBitCache: {_USE_IT}")
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """x without its history, in 16 bits where the cache is on CUDA: its kernels read no others."""
+    x = x.detach()
+    return x.half() if x.is_cuda and x.dtype == torch.float32 else x
 
 
 def _ahead(tokens: int) -> int:

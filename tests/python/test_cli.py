@@ -12,7 +12,7 @@ import pytest
 
 from bitdecoding import __version__, build_info
 from bitdecoding.cli import main
-from bitdecoding.plan import ModelShape, sequence_bytes
+from bitdecoding.plan import ModelShape, has_kernels, sequence_bytes
 from bitdecoding.recipes import RECIPES, resolve_format
 
 PLAN = ["plan", "--layers", "32", "--heads-kv", "8", "--head-dim", "128"]
@@ -60,6 +60,16 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert tokens_per_gb == f"{8192 * 10**9 // size:,}"
     assert ratio == f"{131072 * 8192 / size:.2f}x"
     assert sequences == str(40 * 10**9 // size)
+    assert row[-6] == ("yes" if has_kernels(resolve_format("int4", 128)) else "no")
+
+
+def test_formats_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    format = resolve_format("k4v2", 64)
+    kernels = ["append_k4v2_c_d64", "decode_sm90_k4v2_c_d64_n8", "append_k4v4_c_d64"]
+    for built, expected in ((kernels, True), (kernels[1:], False), (kernels[::2], False)):
+        monkeypatch.setattr("bitdecoding.plan.build_info", lambda names=built: {"kernels": names})
+        assert has_kernels(format) is expected
+    assert not has_kernels(resolve_format("k4v2", 128))
 
 
 def test_plan_of_chosen_formats(capsys: pytest.CaptureFixture[str]) -> None:

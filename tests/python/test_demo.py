@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import zipfile
@@ -181,6 +182,24 @@ def test_a_run_within_the_16_bit_zones(
     assert "k2v2_c32_v32_p128_d64" in out
 
 
+def test_agreement_of_two_devices(
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """benchmarks/demo_agreement.py, the CPU standing in for the other device."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    script = importlib.import_module("demo_agreement")
+    text = tmp_path / "text.txt"
+    text.write_text("Words, words, words. " * 20)
+    files = ["--model", str(tiny_model), "--text", str(text)]
+    sizes = ["--prompt-tokens", "200", "--steps", "4", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["demo_agreement.py", *files, *sizes])
+    assert script.main() == 0
+    assert capsys.readouterr().out.count("100.00%") == len(demo.CONTENDERS)
+
+
 def test_cuda_that_torch_cannot_see(
     tiny_model: Path,
     tmp_path: Path,
@@ -190,6 +209,10 @@ def test_cuda_that_torch_cannot_see(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert run(tiny_model, tmp_path, "--device", "cuda") == (2, None)
     assert "--device cuda: torch sees no CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(demo, "build_info", lambda: {"kernels": ["pack_k4v4_c_d64"]})
+    assert run(tiny_model, tmp_path, "--device", "cuda") == (2, None)
+    assert "--device cuda: this build has no decode kernels" in capsys.readouterr().err
 
 
 def test_a_run_over_pages(tiny_model: Path, tmp_path: Path) -> None:

@@ -237,6 +237,14 @@ def test_a_full_cache_says_so(model: Any) -> None:
         generate(model, tokens(1, 200), LowBitCache(model.config, "int4", max_tokens=205), 20)
 
 
+def test_padding_takes_no_room(model: Any) -> None:
+    ids = tokens(2, 200)
+    mask = (torch.arange(200) >= torch.tensor([[50], [20]])).long()
+    generate(model, ids, LowBitCache(model.config, "int4", max_tokens=185), 5, mask=mask)
+    with pytest.raises(ValueError, match=r"tokens of a row = 186; .* at most 185 \(max_tokens"):
+        generate(model, ids, LowBitCache(model.config, "int4", max_tokens=185), 7, mask=mask)
+
+
 def test_reset_and_reuse(model: Any) -> None:
     cache = LowBitCache(model.config, "int4", max_tokens=300)
     first, _ = generate(model, tokens(2, 200), cache, 10)
