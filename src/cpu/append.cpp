@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "bitdecoding/quantize/growth.hpp"
 #include "bitdecoding/run.hpp"
 #include "cpu/checks.hpp"
 #include "cpu/pack_page.hpp"
@@ -14,13 +15,6 @@
 namespace bitdecoding {
 namespace {
 
-// One sequence's step: positions [old_length, length) arrive, pages up to `packed` become complete.
-struct Growth {
-  int old_length;
-  int length;
-  int packed;
-};
-
 Status find_growth(const AppendProblem& p, int b, Growth* growth) {
   const PagedKvCache& c = p.cache;
   const std::int64_t length = std::int64_t{c.lengths[b]} + p.runs.count(b);
@@ -28,14 +22,11 @@ Status find_growth(const AppendProblem& p, int b, Growth* growth) {
     return invalid_argument("lengths[", b, "] = ", length, " after the append of ", p.runs.count(b),
                             " tokens; allowed: at most ", p.max_tokens, " (max_tokens)");
   }
-  const int packed =
-      packed_tokens(static_cast<int>(length), c.keep_last, c.format.page_tokens, c.packed[b]);
-  if (packed / c.format.page_tokens > c.max_pages) {
+  *growth = grow(c, c.lengths[b], c.packed[b], p.runs.count(b));
+  if (growth->end_column() > c.max_pages) {
     return invalid_argument("lengths[", b, "] = ", length, " after the append, which fills ",
-                            packed / c.format.page_tokens, " pages; allowed: max_pages (",
-                            c.max_pages, ")");
+                            growth->end_column(), " pages; allowed: max_pages (", c.max_pages, ")");
   }
-  *growth = {c.lengths[b], static_cast<int>(length), packed};
   return {};
 }
 
@@ -85,8 +76,7 @@ Status find_growths(const AppendProblem& p, std::vector<Growth>* growths,
     if (Status s = find_growth(p, b, &(*growths)[static_cast<std::size_t>(b)]); !s.is_ok())
       return s;
     const Growth& growth = (*growths)[static_cast<std::size_t>(b)];
-    for (int token = c.packed[b]; token < growth.packed; token += c.format.page_tokens) {
-      const int column = token / c.format.page_tokens;
+    for (int column = growth.first_column(); column < growth.end_column(); ++column) {
       const int id = c.block_table[std::int64_t{b} * c.max_pages + column];
       pages->push_back({b, column, id});
       if (Status s = cpu::check_page_id(pages->back(), c.num_pages); !s.is_ok()) return s;
@@ -119,12 +109,11 @@ class Appender {
     const Growth& growth = growth_of(b);
     for (int tensor = 0; tensor < 2; ++tensor) {
       std::uint16_t* rows = c_.side + c_.side_offset(c_.slots[b], head, tensor);
-      const int first_end = std::min(c_.keep_first, growth.length);
+      const int first_end = growth.first_end(c_.keep_first);
       for (int position = growth.old_length; position < first_end; ++position) {
         arrive(b, head, tensor, position, row_at(rows, c_.first_row(position)));
       }
-      const int tail_begin = std::max(growth.packed, growth.old_length);
-      for (int position = tail_begin; position < growth.length; ++position) {
+      for (int position = growth.tail_begin(); position < growth.length; ++position) {
         arrive(b, head, tensor, position, row_at(rows, c_.tail_row(position)));
       }
     }

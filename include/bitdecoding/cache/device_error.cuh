@@ -15,5 +15,8 @@ __device__ inline void report(int* error_word, int sequence, int value, int limi
   error_word[2] = limit;
   error_word[3] = static_cast<int>(error);
 }
+__device__ inline void report(int* error_word, int sequence, const Fault& fault) {
+  report(error_word, sequence, fault.value, fault.limit, fault.error);
+}
 
 }  // namespace bitdecoding

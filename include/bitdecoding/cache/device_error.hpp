@@ -21,4 +21,14 @@ enum class DeviceError : int {
   grown_pages = 8,   // pages that the append fills; columns of the block table
 };
 
+// What is wrong with a sequence, if anything is: the rest of the error word.
+struct Fault {
+  DeviceError error = DeviceError::none;
+  int value = 0;
+  int limit = 0;
+
+  constexpr explicit operator bool() const { return error != DeviceError::none; }
+  friend constexpr bool operator==(const Fault&, const Fault&) = default;
+};
+
 }  // namespace bitdecoding

@@ -31,4 +31,10 @@ inline Status validate(const AppendProblem& p) {
   return {};
 }
 
+// validate(), and what a launch on a CUDA device asks besides.
+inline Status validate_for_cuda(const AppendProblem& p) {
+  if (Status status = validate(p); !status.is_ok()) return status;
+  return validate_for_cuda(p.runs, p.k, p.v);
+}
+
 }  // namespace bitdecoding

@@ -48,8 +48,8 @@ __device__ inline PackTask find_task(const PackProblem& p, int* error_word) {
                 -1};
   const int begin = p.runs.begin(task.batch);
   const int count = p.runs.count(task.batch);
-  if (begin < 0 || count < 0 || begin > p.runs.row_tokens - count) {
-    report(error_word, task.batch, begin < 0 ? begin : count, p.runs.row_tokens, DeviceError::run);
+  if (const Fault fault = find_fault(p.runs, begin, count)) {
+    report(error_word, task.batch, fault);
     return task;
   }
   if (task.page >= count / p.format.page_tokens) return task;
@@ -71,13 +71,16 @@ __device__ inline PackTask find_task(const PackProblem& p, int* error_word) {
   return task;
 }
 
-template <layout::PageConfig Config, class Page, class Storage>
-__device__ void pack_k(const PackProblem& p, const PackTask& task, const Page& page, Storage& s) {
-  const int tokens = p.format.page_tokens;
+// The K half of a page from load(sK), which fills a tile (N,D) with fp16; the page's tokens before
+// `first_token` don't widen the ranges of channel groups.
+template <layout::PageConfig Config, class Load, class Page, class Storage>
+__device__ void pack_k(const Load& load, int first_token, const Page& page, Storage& s) {
+  const KvFormat& format = page.record().format();
+  const int tokens = format.page_tokens;
   const auto sK = make_tile<Config.head_dim>(s.tile.data());  // (N,D)
-  load_tile<kPackThreads>(p.k, task.batch, task.token, task.head, tokens, sK);
+  load(sK);
   __syncthreads();
-  if (p.format.token_norm) {
+  if (format.token_norm) {
     const auto gNorm = page.token_norms();  // (N)
     divide_by_norms<kPackThreads>(sK, tokens,
                                   [&](int token, cutlass::half_t norm) { gNorm(token) = norm; });
@@ -91,36 +94,36 @@ __device__ void pack_k(const PackProblem& p, const PackTask& task, const Page& p
     gZero(token, channel) = cutlass::half_t::bitcast(parameters.zero);
     const format::GroupCoder coder(parameters);
     if constexpr (Config.k_axis == KAxis::channel) {
-      s.coders.coder[token >> log2_of(p.format.k_group)][channel] = coder;
+      s.coders.coder[token >> log2_of(format.k_group)][channel] = coder;
     } else {
-      s.coders.coder[channel >> log2_of(p.format.k_group)][token] = coder;
+      s.coders.coder[channel >> log2_of(format.k_group)][token] = coder;
     }
   };
   if constexpr (Config.k_axis == KAxis::channel) {
-    const int first_token = p.keep_first - task.position;
-    visit_channel_groups<kPackThreads>(sK, tokens, p.format.k_group, first_token, visit);
+    visit_channel_groups<kPackThreads>(sK, tokens, format.k_group, first_token, visit);
   } else {
-    visit_token_groups<kPackThreads>(sK, tokens, p.format.k_group, visit);
+    visit_token_groups<kPackThreads>(sK, tokens, format.k_group, visit);
   }
   __syncthreads();
   pack_k_units<Config, kPackThreads>(page, sK, s.coders);
 }
 
-template <layout::PageConfig Config, class Page, class Storage>
-__device__ void pack_v(const PackProblem& p, const PackTask& task, const Page& page, Storage& s) {
-  const int tokens = p.format.page_tokens;
+// The V half of a page from load(sV).
+template <layout::PageConfig Config, class Load, class Page, class Storage>
+__device__ void pack_v(const Load& load, const Page& page, Storage& s) {
+  const KvFormat& format = page.record().format();
+  const int tokens = format.page_tokens;
   const auto sV = make_tile<Config.head_dim>(s.tile.data());  // (N,D)
-  load_tile<kPackThreads>(p.v, task.batch, task.token, task.head, tokens, sV);
+  load(sV);
   __syncthreads();
   const auto gScale = page.v_scales();  // (N,D)
   const auto gZero = page.v_zeros();    // (N,D)
   visit_token_groups<kPackThreads>(
-      sV, tokens, p.format.v_group, [&](int channel, int token, const format::GroupRange& range) {
+      sV, tokens, format.v_group, [&](int channel, int token, const format::GroupRange& range) {
         const auto parameters = format::group_parameters(range, Config.v_bits);
         gScale(token, channel) = cutlass::half_t::bitcast(parameters.scale);
         gZero(token, channel) = cutlass::half_t::bitcast(parameters.zero);
-        s.coders.coder[channel >> log2_of(p.format.v_group)][token] =
-            format::GroupCoder(parameters);
+        s.coders.coder[channel >> log2_of(format.v_group)][token] = format::GroupCoder(parameters);
       });
   __syncthreads();
   pack_v_units<Config, kPackThreads>(page, sV, s.coders);
@@ -148,10 +151,14 @@ __global__ void __launch_bounds__(kPackThreads)
       p.pool +
       (static_cast<std::int64_t>(task.page_id) * p.num_kv_heads + task.head) * record.page_bytes();
   const layout::PackedKvPage<config> page(record, bytes);
+  const TokenRows& rows = task.tensor == 0 ? p.k : p.v;
+  const auto load = [&](const auto& sX) {  // (N,D)
+    load_tile<kPackThreads>(rows, task.batch, task.token, task.head, p.format.page_tokens, sX);
+  };
   if (task.tensor == 0) {
-    pack_k<config>(p, task, page, storage);
+    pack_k<config>(load, p.keep_first - task.position, page, storage);
   } else {
-    pack_v<config>(p, task, page, storage);
+    pack_v<config>(load, page, storage);
     zero_padding(page, bytes);
   }
 }

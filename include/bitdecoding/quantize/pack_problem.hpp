@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
 
 #include "bitdecoding/format/kv_format.hpp"
 #include "bitdecoding/quantize/token_rows.hpp"
@@ -58,36 +57,10 @@ inline Status validate(const PackProblem& p) {
   return {};
 }
 
-// What the CUDA kernel asks of K or V besides: 16-bit rows that begin at 16-byte addresses.
-inline Status validate_for_cuda(const char* argument, const TokenRows& rows) {
-  if (rows.type == ElementType::f32) {
-    return invalid_argument(argument, " dtype = ", element_name(rows.type),
-                            "; allowed on a CUDA device: float16, bfloat16");
-  }
-  if (const auto address = reinterpret_cast<std::uintptr_t>(rows.data); address % 16 != 0) {
-    return invalid_argument(argument, " address = ", address,
-                            "; allowed on a CUDA device: multiples of 16");
-  }
-  for (const std::int64_t stride : {rows.batch_stride, rows.token_stride, rows.head_stride}) {
-    if (stride % 8 != 0) {
-      return invalid_argument(argument, " stride = ", stride,
-                              " elements; allowed on a CUDA device: multiples of 8");
-    }
-  }
-  return {};
-}
-
-inline constexpr int kMaxCudaBatch = 65535;  // a grid's y dimension
-
 // validate(), and what a launch on a CUDA device asks besides.
 inline Status validate_for_cuda(const PackProblem& p) {
   if (Status status = validate(p); !status.is_ok()) return status;
-  if (p.runs.batch > kMaxCudaBatch) {
-    return invalid_argument("batch = ", p.runs.batch, "; allowed on a CUDA device: 0 to ",
-                            kMaxCudaBatch);
-  }
-  if (Status status = validate_for_cuda("k", p.k); !status.is_ok()) return status;
-  return validate_for_cuda("v", p.v);
+  return validate_for_cuda(p.runs, p.k, p.v);
 }
 
 }  // namespace bitdecoding

@@ -5,7 +5,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
+#include "bitdecoding/cache/device_error.hpp"
 #include "bitdecoding/element_type.hpp"
 #include "bitdecoding/status.hpp"
 
@@ -33,9 +35,20 @@ struct TokenRuns {
 
   constexpr int begin(int b) const { return leftpad == nullptr ? 0 : leftpad[b]; }
   constexpr int count(int b) const {
-    return num_tokens == nullptr ? row_tokens - begin(b) : num_tokens[b];
+    // In 64 bits: before the run is checked, leftpad may be any int.
+    return num_tokens == nullptr ? static_cast<int>(std::int64_t{row_tokens} - begin(b))
+                                 : num_tokens[b];
   }
 };
+
+// A run must lie within its row; `begin` and `count` as read from memory.
+constexpr Fault find_fault(const TokenRuns& runs, int begin, int count) {
+  if (begin < 0 || begin > runs.row_tokens) return {DeviceError::run, begin, runs.row_tokens};
+  if (count < 0 || count > runs.row_tokens - begin) {
+    return {DeviceError::run, count, runs.row_tokens};
+  }
+  return {};
+}
 
 // Everything the host can check of the new tokens without reading the arrays.
 inline Status validate(const TokenRuns& runs, const TokenRows& k, const TokenRows& v) {
@@ -47,6 +60,37 @@ inline Status validate(const TokenRuns& runs, const TokenRows& k, const TokenRow
   if (k.data == nullptr) return invalid_argument("k = null; allowed: an array (B, S, H, D)");
   if (v.data == nullptr) return invalid_argument("v = null; allowed: an array (B, S, H, D)");
   return {};
+}
+
+// What CUDA kernels ask of K or V besides: 16-bit rows that begin at 16-byte addresses.
+inline Status validate_for_cuda(const char* argument, const TokenRows& rows) {
+  if (rows.type == ElementType::f32) {
+    return invalid_argument(argument, " dtype = ", element_name(rows.type),
+                            "; allowed on a CUDA device: float16, bfloat16");
+  }
+  if (const auto address = reinterpret_cast<std::uintptr_t>(rows.data); address % 16 != 0) {
+    return invalid_argument(argument, " address = ", address,
+                            "; allowed on a CUDA device: multiples of 16");
+  }
+  for (const std::int64_t stride : {rows.batch_stride, rows.token_stride, rows.head_stride}) {
+    if (stride % 8 != 0) {
+      return invalid_argument(argument, " stride = ", stride,
+                              " elements; allowed on a CUDA device: multiples of 8");
+    }
+  }
+  return {};
+}
+
+inline constexpr int kMaxCudaBatch = 65535;  // a grid's y dimension
+
+// What their launch asks besides.
+inline Status validate_for_cuda(const TokenRuns& runs, const TokenRows& k, const TokenRows& v) {
+  if (runs.batch > kMaxCudaBatch) {
+    return invalid_argument("batch = ", runs.batch, "; allowed on a CUDA device: 0 to ",
+                            kMaxCudaBatch);
+  }
+  if (Status status = validate_for_cuda("k", k); !status.is_ok()) return status;
+  return validate_for_cuda("v", v);
 }
 
 }  // namespace bitdecoding

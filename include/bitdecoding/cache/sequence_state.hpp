@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// One sequence's device state, and the rules that it must keep before anything is addressed by it:
+// those of check_state, but for page ids.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "bitdecoding/cache/device_error.hpp"
+#include "bitdecoding/cache/paged_kv_cache.hpp"
+
+namespace bitdecoding {
+
+struct SequenceState {
+  int length;
+  int packed;
+  int slot;
+};
+
+// The nearest int: error words hold no wider numbers.
+constexpr int saturate_to_int(std::int64_t value) {
+  constexpr std::int64_t top = std::numeric_limits<int>::max();
+  return static_cast<int>(value < top ? value : top);
+}
+
+constexpr Fault find_fault(const PagedKvCache& c, const SequenceState& s) {
+  const int page_tokens = c.format.page_tokens;
+  const Fault packed{DeviceError::packed, s.packed,
+                     saturate_to_int(std::int64_t{c.max_pages} * page_tokens)};
+  if (s.slot < 0 || s.slot >= c.num_slots) return {DeviceError::slot, s.slot, c.num_slots};
+  if (s.length < 0) return {DeviceError::length, s.length, c.tail_tokens};
+  if (s.packed < 0 || s.packed > s.length || s.packed % page_tokens != 0) return packed;
+  const int behind_pages = s.length - s.packed;
+  if (behind_pages > c.tail_tokens) return {DeviceError::length, behind_pages, c.tail_tokens};
+  if (s.packed / page_tokens > c.max_pages) return packed;
+  return {};
+}
+
+}  // namespace bitdecoding

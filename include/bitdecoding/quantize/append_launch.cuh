@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launch of the append kernel on the current device: header users instantiate it with a row of
+// their own, the library with the rows of its table.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <climits>
+#include <cstdint>
+
+#include "bitdecoding/quantize/append_kernel.cuh"
+
+namespace bitdecoding::quantize {
+
+// The problem must have passed validate_for_cuda(). Enqueues one kernel; `counters`: device int32
+// [batch], zero before and after.
+template <class Row>
+cudaError_t launch_append(const AppendProblem& problem, int* counters, cudaStream_t stream,
+                          int* error_word) {
+  const PagedKvCache& c = problem.cache;
+  if (c.batch == 0) return cudaSuccess;
+  const int parts = 1 + most_new_pages(c, problem.runs.row_tokens);
+  const std::int64_t ctas = std::int64_t{parts} * 2 * c.num_kv_heads;  // of a sequence
+  if (ctas > INT_MAX) return cudaErrorInvalidConfiguration;
+  const dim3 grid(static_cast<unsigned>(ctas), static_cast<unsigned>(c.batch));
+  constexpr int kSmem_bytes = sizeof(AppendStorage<Row::config.head_dim>);
+  static_assert(kSmem_bytes <= 48 * 1024, "more needs an opt-in attribute");
+  const layout::PageRecord record(c.format);
+  (void)cudaGetLastError();  // an earlier call's error is not ours
+  append_tokens<Row>
+      <<<grid, kPackThreads, kSmem_bytes, stream>>>(problem, record, counters, error_word);
+  return cudaGetLastError();
+}
+
+}  // namespace bitdecoding::quantize
