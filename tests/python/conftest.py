@@ -5,12 +5,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import half_budget
 import numpy as np
 import pytest
+import seeds
 from hypothesis import settings
 
 settings.register_profile("bitdecoding", deadline=None, print_blob=True)
 settings.load_profile("bitdecoding")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="of the decode tests' random numbers")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    given = config.getoption("--seed")
+    seeds.SEED = seeds.SEED if given is None else given
+
+
+def pytest_report_header() -> str:
+    return f"seed of the decode tests: {seeds.SEED} (pytest --seed repeats it)"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in half_budget.SUMMARY.lines():
+        terminalreporter.write_line(line)
 
 
 def why_no_gpu() -> str | None:

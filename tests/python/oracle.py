@@ -170,6 +170,10 @@ class Page:
         terms = _terms(self.k_codes, self.k_scale, self.k_zero)
         return terms * doubles(self.norms[..., None])
 
+    def key_products(self) -> Doubles:
+        """code * scale, without the zero: what a scaled query is multiplied with."""
+        return doubles(self.k_codes) * doubles(self.k_scale) * doubles(self.norms[..., None])
+
     def value_terms(self) -> Doubles:
         return _terms(self.v_codes, self.v_scale, self.v_zero)
 

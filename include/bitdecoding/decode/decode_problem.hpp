@@ -50,7 +50,8 @@ inline Status validate(const DecodeProblem& p) {
 }
 
 // validate(), and what a launch on a CUDA device asks besides: 16-bit queries that are read in
-// pairs, and work (64-token chunks and 16-bit tiles of all heads) that an int32 can count.
+// pairs, a ring in which no tile of 16 tokens wraps around, and work (64-token chunks and 16-bit
+// tiles of all heads) that an int32 can count.
 inline Status validate_for_cuda(const DecodeProblem& p) {
   if (Status status = validate(p); !status.is_ok()) return status;
   if (p.type == ElementType::f32) {
@@ -67,6 +68,10 @@ inline Status validate_for_cuda(const DecodeProblem& p) {
     }
   }
   const PagedKvCache& c = p.cache;
+  if (c.tail_tokens % 16 != 0) {
+    return invalid_argument("tail_tokens = ", c.tail_tokens,
+                            "; allowed on a CUDA device: multiples of 16");
+  }
   const std::int64_t columns = std::int64_t{p.query_tokens} * p.query_heads;  // of all KV heads
   const std::int64_t units = std::int64_t{c.max_pages} * c.format.chunks() +
                              (std::int64_t{c.keep_first} + c.tail_tokens) / 4 + 4;

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far decode with 16-bit arithmetic may be from the oracle, and how far it was.
+
+Of a call's whole output the error's norm is at most RELATIVE of the output's norm; no element is
+off by more than WORST of its row's root mean square; no lse by more than LSE. To each is added
+
+- what rounding Q' = q * scale to fp16 can do where K has scales per channel: a score is off by at
+  most d = 2^-12 * sum |q * scale * code| * |softmax_scale|. Weights w then change by factors
+  between exp(-d) and exp(d), and since sum w (v - out) = 0, an output moves by at most
+  sum w (exp(d) - 1) |v - out| / sum w exp(-d); lse moves by at most log sum w exp(d).
+- what the output's type does: below fp16's normal numbers half of its spacing, 2^-25; in one
+  element half a unit in the last place of a bf16, 2^-8 of it, which alone can exceed WORST.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from oracle import Doubles
+from oracle_attention import Attended
+
+RELATIVE = {"float16": 1e-3, "bfloat16": 4e-3}
+WORST = 1e-2
+LSE = 1e-3
+ELEMENT_ROUNDING = {"float16": 0.0, "bfloat16": 2.0**-8}
+SPACING = {"float16": 2.0**-25, "bfloat16": 0.0}
+QUERY_ROUNDING = 2.0**-12
+
+
+@dataclass
+class Expected:
+    """Exact results of a batch, and what rounding Q' can do to them."""
+
+    out: Doubles  # (B, Sq, Hq, D)
+    lse: Doubles  # (B, Hq, Sq)
+    out_bound: Doubles
+    lse_bound: Doubles
+
+
+def expect(
+    q: npt.NDArray[Any], sequences: list[Attended], softmax_scale: float, *, rounded: bool
+) -> Expected:
+    """q (B, Sq, Hq, D); `rounded`: the format has K scales per channel."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        results = [
+            _attention(row.astype(float), tokens, softmax_scale, rounded)
+            for row, tokens in zip(q, sequences, strict=True)
+        ]
+    return Expected(*(np.stack(parts) for parts in zip(*results, strict=True)))
+
+
+def _attention(
+    q: Doubles, tokens: Attended, softmax_scale: float, rounded: bool
+) -> tuple[Doubles, Doubles, Doubles, Doubles]:
+    queries, heads, channels = q.shape
+    length, kv_heads, _ = tokens.k.shape
+    if length == 0:
+        zero, empty = np.zeros(q.shape), np.full((heads, queries), -np.inf)
+        return zero, empty, zero, np.zeros(empty.shape)
+    ratio = heads // kv_heads
+    # columns of a KV head: (H, ratio * Sq, D)
+    columns = q.reshape(queries, kv_heads, ratio, channels).transpose(1, 2, 0, 3)
+    columns = columns.reshape(kv_heads, ratio * queries, channels)
+    k, v = (x.transpose(1, 0, 2) for x in (tokens.k, tokens.v))  # (H, L, D)
+    scores = softmax_scale * (columns @ k.swapaxes(1, 2))  # (H, columns, L)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = np.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    lse = (np.log(total) + top)[..., 0]
+    weights /= total
+    out = weights @ v
+    if rounded:
+        products = tokens.k_products.transpose(1, 2, 0)  # (H, D, L)
+        error = QUERY_ROUNDING * abs(softmax_scale) * (np.abs(columns) @ products)
+        out_bound, lse_bound = _bounds(weights, error, v, out)
+    else:
+        out_bound, lse_bound = 0 * out, 0 * lse
+
+    def of_heads(x: Doubles) -> Doubles:
+        """(H, columns, ..) -> (Hq, Sq, ..)"""
+        return x.reshape(heads, queries, *x.shape[2:])
+
+    return (
+        of_heads(out).swapaxes(0, 1),
+        of_heads(lse),
+        of_heads(out_bound).swapaxes(0, 1),
+        of_heads(lse_bound),
+    )
+
+
+def _bounds(weights: Doubles, error: Doubles, v: Doubles, out: Doubles) -> tuple[Doubles, Doubles]:
+    """Of out (H, columns, D) and lse (H, columns), scores (H, columns, L) being off by `error`."""
+    moved = weights * np.expm1(error)
+    sums = moved.sum(axis=-1, keepdims=True)
+    # sum moved |v - out| <= sqrt(sum moved * sum moved (v - out)^2)
+    squares = moved @ v**2 - 2 * out * (moved @ v) + sums * out**2
+    spread = np.sqrt(sums * np.maximum(squares, 0))
+    least = np.sum(weights * np.exp(-error), axis=-1, keepdims=True)
+    return spread / least, np.log1p(sums[..., 0])
+
+
+@dataclass
+class Worst:
+    """The largest errors of calls of one kind."""
+
+    calls: int = 0
+    relative: float = 0.0  # error's norm / output's norm
+    share: float = 0.0  # of what is allowed
+    element: float = 0.0  # error / root mean square of the row
+    lse: float = 0.0
+
+
+@dataclass
+class Summary:
+    """What the tests found: (kind of test, type of the output) -> its worst."""
+
+    found: dict[tuple[str, str], Worst] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        rows = [f"{'decode against the oracle':40} calls  relative  of budget   element       lse"]
+        for (kind, dtype), w in sorted(self.found.items()):
+            rows.append(
+                f"{kind + ' ' + dtype:40} {w.calls:5}  {w.relative:8.2e} {w.share:10.2f}"
+                f"  {w.element:8.2e}  {w.lse:8.2e}"
+            )
+        return rows if len(rows) > 1 else []
+
+
+SUMMARY = Summary()
+
+
+def assert_close(
+    out: npt.NDArray[Any],
+    lse: npt.NDArray[Any] | None,
+    expected: Expected,
+    dtype: str,
+    *,
+    kind: str,
+    what: str,
+) -> None:
+    """out (B, Sq, Hq, D), lse (B, Hq, Sq) as found; `kind` is the line of the summary."""
+    assert out.shape == expected.out.shape, what
+    exact, found = expected.out, out.astype(float)
+    spoilt = np.isnan(exact)
+    assert np.array_equal(np.isnan(found), spoilt), (
+        f"{what}: {np.sum(np.isnan(found) & ~spoilt)} NaN where none belongs (sequences "
+        f"{np.unique(np.nonzero(np.isnan(found) & ~spoilt)[0])}), "
+        f"{np.sum(~np.isnan(found) & spoilt)} missing"
+    )
+    with np.errstate(invalid="ignore"):
+        error = np.where(spoilt | (found == exact), 0, np.abs(found - exact))
+    size = np.where(spoilt, 0, np.abs(exact))
+    bound = np.where(spoilt, 0, expected.out_bound)
+    norm = float(np.linalg.norm(size))
+    rounding = SPACING[dtype] * float(np.sqrt(exact.size))
+    allowed = RELATIVE[dtype] * norm + float(np.linalg.norm(bound)) + rounding
+    deviation = float(np.linalg.norm(error))
+    rms = np.sqrt(np.mean(size**2, axis=-1, keepdims=True))  # of a row of D
+    limits = WORST * rms + bound + ELEMENT_ROUNDING[dtype] * size + SPACING[dtype]
+    worst = np.max(error / np.maximum(rms, 1e-30), initial=0.0)
+
+    entry = SUMMARY.found.setdefault((kind, dtype), Worst())
+    entry.calls += 1
+    entry.relative = max(entry.relative, deviation / max(norm, 1e-30))
+    entry.share = max(entry.share, deviation / max(allowed, 1e-30))
+    entry.element = max(entry.element, float(worst))
+
+    report = f"{what}: relative error {deviation / max(norm, 1e-30):.3g}, worst element {worst:.3g}"
+    assert deviation <= allowed, f"{report}; allowed {allowed / max(norm, 1e-30):.3g}"
+    bad = np.argwhere(error > limits)
+    assert len(bad) == 0, f"{report}; {len(bad)} elements beyond their limit, first {bad[0]}"
+    if lse is not None:
+        _assert_lse(lse, expected, entry, what)
+
+
+def _assert_lse(lse: npt.NDArray[Any], expected: Expected, entry: Worst, what: str) -> None:
+    exact, found = expected.lse, lse.astype(float)
+    assert found.shape == exact.shape, what
+    same = (found == exact) | (np.isnan(found) & np.isnan(exact))  # -inf of empty sequences
+    with np.errstate(invalid="ignore"):
+        error = np.where(same, 0, np.abs(found - exact))
+        limits = LSE + expected.lse_bound + 2.0**-24 * np.abs(exact)  # it is a float32
+    entry.lse = max(entry.lse, float(np.max(error, initial=0.0)))
+    bad = np.argwhere(~same & ~(error <= limits))
+    assert len(bad) == 0, (
+        f"{what}: lse at {bad[0]} is {found[tuple(bad[0])]} instead of {exact[tuple(bad[0])]}, "
+        f"allowed error {limits[tuple(bad[0])]:.3g}"
+    )
