@@ -67,26 +67,27 @@ def stream_of(array: Any, stream: int | None) -> int | None:
     return handle
 
 
-def empty_like(array: ArrayT, name: str) -> ArrayT:
+def empty_like(array: Any, name: str) -> Any:
     """A new contiguous array of the library, shape, dtype and device of `array`."""
-    result: ArrayT = _empty(array, name, None, None)
-    return result
-
-
-def empty_floats(array: object, name: str, shape: tuple[int, ...]) -> Array:
-    """A new float32 array of the library and device of `array`."""
-    return _empty(array, name, shape, "float32")
-
-
-def _empty(array: Any, name: str, shape: tuple[int, ...] | None, dtype: str | None) -> Any:
-    shape = array.shape if shape is None and hasattr(array, "shape") else shape
     if (torch := torch_of(array)) is not None:
-        wanted = array.dtype if dtype is None else getattr(torch, dtype)
-        return torch.empty(shape, dtype=wanted, device=array.device)
+        return torch.empty_like(array, memory_format=torch.contiguous_format)
     if isinstance(array, np.ndarray):
-        return np.empty(() if shape is None else shape, array.dtype if dtype is None else dtype)
+        return np.empty(array.shape, array.dtype)
+    raise _no_library(array, name)
+
+
+def empty_floats(array: Any, name: str, shape: tuple[int, ...]) -> Array:
+    """A new float32 array of the library and device of `array`."""
+    if (torch := torch_of(array)) is not None:
+        return torch.empty(shape, dtype=torch.float32, device=array.device)
+    if isinstance(array, np.ndarray):
+        return np.empty(shape, np.float32)
+    raise _no_library(array, name)
+
+
+def _no_library(array: object, name: str) -> TypeError:
     kind = type(array).__name__
-    raise TypeError(
+    return TypeError(
         f"{name} = {kind}; allowed: a NumPy array or a torch tensor (outputs are of its library)"
     )
 

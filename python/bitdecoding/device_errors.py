@@ -26,11 +26,11 @@ _LENGTH = 5  # reported for a negative length, too
 
 
 def raise_device_error(error_word: Array) -> None:
-    """Waits for the device of the error word; raises and clears what it says, if it says a thing.
+    """Raises and clears what an error word says, if it says a thing.
 
-    error_word  torch int32 (4,): sequence + 1, value, limit, DeviceError; all 0 where all is well
+    error_word  torch int32 (4,): sequence + 1, value, limit, DeviceError; all 0 where all is well;
+                those who write it are done, or on torch's current stream
     """
-    wait_for(error_word.device)
     sequence, value, limit, error = error_word.tolist()
     if sequence == 0:
         return

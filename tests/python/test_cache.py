@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import re
+import weakref
 from typing import Any
 
 import numpy as np
@@ -83,6 +85,23 @@ def test_wrap_keeps_its_arrays_alive(torch: Any) -> None:
     cache.append(k, k)
     assert cache.side.data_ptr() == pointer
     assert float(cache.side[0, 0, 0, 16, 0]) == 1
+
+
+def test_arguments_are_kept_no_longer_than_a_call(torch: Any) -> None:
+    cache = PagedKvCache(FORMATS[0], batch=1, num_kv_heads=1, max_tokens=10)
+    for heads in (1, 7):
+        memory = np.zeros((1, 1, heads, FORMATS[0].head_dim), np.float16)
+        alive = weakref.ref(memory)
+        x = torch.from_numpy(memory)
+        if heads == 1:
+            cache.append(x, x)
+            cache.decode(torch.nn.Parameter(x))  # history or not: read as it is
+        else:
+            with pytest.raises(ValueError, match="k: shape"):
+                cache.append(x, x)
+        del memory, x
+        gc.collect()
+        assert alive() is None
 
 
 def test_capacity_of_a_wrapped_cache(rng: np.random.Generator) -> None:
