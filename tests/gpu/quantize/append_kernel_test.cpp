@@ -102,13 +102,18 @@ class Device {
 
   void append(const DeviceCache& cache, const Step& step) const {
     const DeviceArray leftpad(step.leftpad), num_tokens(step.num_tokens);
+    enqueue(cache, step, leftpad.data(), num_tokens.data(), nullptr);
+    REQUIRE(cudaDeviceSynchronize() == cudaSuccess);  // the arrays end here
+  }
+  void enqueue(const DeviceCache& cache, const Step& step, const std::int32_t* leftpad,
+               const std::int32_t* num_tokens, cudaStream_t stream) const {
     const AppendProblem problem =
         problem_of(cache.view(), k_.at(k_values_.data(), step.row),
-                   v_.at(v_values_.data(), step.row), step, leftpad.data(), num_tokens.data());
+                   v_.at(v_values_.data(), step.row), step, leftpad, num_tokens);
     const Status status =
-        append_tokens(problem, counters_.data(), CudaExecution{.error_word = error_word_.data()});
+        append_tokens(problem, counters_.data(),
+                      CudaExecution{.stream = stream, .error_word = error_word_.data()});
     REQUIRE_MESSAGE(status.is_ok(), status.text());
-    REQUIRE(cudaDeviceSynchronize() == cudaSuccess);  // the arrays end here
   }
 
   std::vector<int> error_word() const { return error_word_.host(); }
@@ -223,7 +228,8 @@ TEST_CASE("a rollback within max_append, then other tokens") {
 
 TEST_CASE("many sequences and heads, a prompt and steps") {
   const int batch = Device::kMostSequences, heads = 5;
-  const KvFormat f{.k_bits = 2, .k_axis = KAxis::token, .k_group = 64, .head_dim = 64};
+  const KvFormat f{
+      .k_bits = 2, .k_axis = KAxis::token, .k_group = 64, .v_group = 64, .head_dim = 64};
   const Tokens k(ElementType::f16, batch, 150, heads, f.head_dim, 5);
   const Tokens v(ElementType::bf16, batch, 150, heads, f.head_dim, 6);
   const Device device(k, v);
@@ -313,42 +319,27 @@ TEST_CASE("a sequence with a fault is reported and not written, the others are r
 }
 
 TEST_CASE("a graph of one step, replayed over page boundaries, equals single calls") {
-  constexpr int kTokens = 400;
+  constexpr int kSteps = 400;
   const KvFormat f{.k_group = 64, .v_group = 64};
-  const CacheShape shape{kBatch, kHeads, 512, 16, 30};
-  const int step_elements = kBatch * kHeads * f.head_dim;
-  // Token-major: a step's tokens of all sequences lie together.
-  const Tokens k(ElementType::bf16, 1, kTokens * kBatch, kHeads, f.head_dim, 8);
-  const Tokens v(ElementType::bf16, 1, kTokens * kBatch, kHeads, f.head_dim, 9);
-  const auto rows_at = [&](const std::uint16_t* data) {
-    return TokenRows{data, ElementType::bf16, kHeads * f.head_dim, step_elements, f.head_dim};
-  };
-  CacheBox box(f, shape);
+  const Inputs inputs(ElementType::bf16, f.head_dim);
+  CacheBox box(f, {kBatch, kHeads, 512, 16, 30});
   const DeviceCache cache(box);
-  const DeviceArray k_values(k.values), v_values(v.values);
-  const DeviceArray k_step(std::vector<std::uint16_t>(step_elements, 0));
-  const DeviceArray v_step(std::vector<std::uint16_t>(step_elements, 0));
-  const DeviceArray counters(std::vector<int>(kBatch, 0));
-  const DeviceArray error_word(std::vector<int>(kErrorWord_ints, 0));
+  // Every replay finds the row of its token in `leftpad`.
+  std::vector<std::int32_t> rows;
+  for (int i = 0; i < kSteps; ++i) rows.insert(rows.end(), {i, 2 * i, 450 - i});
+  const std::vector<std::int32_t> ones(kBatch, 1);
+  const DeviceArray all_rows(rows), leftpad(ones), num_tokens(ones);
+  Step step{900, 0, ones, ones};
 
   REQUIRE(cudaDeviceSynchronize() == cudaSuccess);  // the stream waits for no copy
   cudaStream_t stream = nullptr;
   REQUIRE(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
-  const auto feed = [&](int token) {
-    const std::size_t bytes = static_cast<std::size_t>(step_elements) * 2;
-    REQUIRE(cudaMemcpyAsync(k_step.data(), k_values.data() + token * step_elements, bytes,
-                            cudaMemcpyDeviceToDevice, stream) == cudaSuccess);
-    REQUIRE(cudaMemcpyAsync(v_step.data(), v_values.data() + token * step_elements, bytes,
+  const auto feed = [&](int i) {
+    REQUIRE(cudaMemcpyAsync(leftpad.data(), all_rows.data() + i * kBatch, kBatch * sizeof(int),
                             cudaMemcpyDeviceToDevice, stream) == cudaSuccess);
   };
   const auto append = [&] {
-    const AppendProblem problem{cache.view(),
-                                rows_at(k_step.data()),
-                                rows_at(v_step.data()),
-                                {kBatch, 1, nullptr, nullptr}};
-    const CudaExecution execution{.stream = stream, .error_word = error_word.data()};
-    const Status status = append_tokens(problem, counters.data(), execution);
-    REQUIRE_MESSAGE(status.is_ok(), status.text());
+    inputs.device.enqueue(cache, step, leftpad.data(), num_tokens.data(), stream);
   };
   feed(0);
   append();
@@ -358,8 +349,8 @@ TEST_CASE("a graph of one step, replayed over page boundaries, equals single cal
   append();
   REQUIRE(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
   REQUIRE(cudaGraphInstantiate(&replay, graph, 0) == cudaSuccess);
-  for (int token = 1; token < kTokens; ++token) {
-    feed(token);
+  for (int i = 1; i < kSteps; ++i) {
+    feed(i);
     REQUIRE(cudaGraphLaunch(replay, stream) == cudaSuccess);
   }
   const CacheBox replayed = cache.host();
@@ -367,16 +358,13 @@ TEST_CASE("a graph of one step, replayed over page boundaries, equals single cal
   (void)cudaGraphDestroy(graph);
   (void)cudaStreamDestroy(stream);
 
-  for (int token = 0; token < kTokens; ++token) {
-    const AppendProblem problem{box.view(),
-                                rows_at(k.values.data() + token * step_elements),
-                                rows_at(v.values.data() + token * step_elements),
-                                {kBatch, 1, nullptr, nullptr}};
-    REQUIRE(append_tokens(problem, CpuExecution{1}).is_ok());
+  for (int i = 0; i < kSteps; ++i) {
+    step.leftpad.assign(rows.begin() + i * kBatch, rows.begin() + (i + 1) * kBatch);
+    append_on_cpu(box, inputs.k, inputs.v, step);
   }
   CHECK(difference(box, replayed) == "");
-  CHECK(counters.host() == std::vector<int>(kBatch, 0));
-  CHECK(error_word.host()[0] == 0);
+  CHECK(inputs.device.counters_are_zero());
+  CHECK(inputs.device.error_word()[0] == 0);
 }
 
 TEST_CASE("what the host can see is refused before anything is launched") {
