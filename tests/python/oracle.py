@@ -174,6 +174,9 @@ class Page:
         """code * scale, without the zero: what a scaled query is multiplied with."""
         return doubles(self.k_codes) * doubles(self.k_scale) * doubles(self.norms[..., None])
 
+    def value_products(self) -> Doubles:
+        return doubles(self.v_codes) * doubles(self.v_scale)
+
     def value_terms(self) -> Doubles:
         return _terms(self.v_codes, self.v_scale, self.v_zero)
 

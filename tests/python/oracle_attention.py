@@ -21,6 +21,7 @@ class Attended:
     k_terms: Doubles
     v_terms: Doubles
     k_products: Doubles  # code * scale of tokens in pages, 0 of those in the zones
+    v_products: Doubles
 
 
 def attended(cache: Any, b: int) -> Attended:
@@ -57,6 +58,7 @@ def attended(cache: Any, b: int) -> Attended:
         np.concatenate([np.abs(head_k), of_pages(page.key_terms()), np.abs(tail_k)]),
         np.concatenate([np.abs(head_v), of_pages(page.value_terms()), np.abs(tail_v)]),
         np.concatenate([0 * head_k, of_pages(page.key_products()), 0 * tail_k]),
+        np.concatenate([0 * head_v, of_pages(page.value_products()), 0 * tail_v]),
     )
 
 
