@@ -114,7 +114,8 @@ def to_host(array: Any) -> Any:
     """A NumPy copy of an array on CUDA, made on torch's current stream."""
     import torch
 
-    return torch.from_dlpack(array).cpu().numpy()
+    tensor = array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
+    return tensor.cpu().numpy()
 
 
 def wait_for(device: object) -> None:

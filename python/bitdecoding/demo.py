@@ -253,7 +253,9 @@ def _step(progress: Any, what: str) -> Iterator[None]:
 
 
 def _print(facts: dict[str, Any], results: list[CacheResult]) -> None:
-    where = f"{facts['device']} ({facts['threads']} threads)"
+    where = facts["device"]
+    if where == "cpu":
+        where = f"cpu ({facts['threads']} threads)"
     print_table(
         TABLE_HEADER,
         table_rows(results),
