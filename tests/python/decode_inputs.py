@@ -136,6 +136,30 @@ def build(contents: Contents, queries: tuple[Queries, ...]) -> Built:
     return Built(cache, cases)
 
 
+def build_many(contents: Contents, queries: tuple[Queries, ...], times: int) -> Built:
+    """A batch in which every sequence, with its query, stands `times` times: they share pages and
+    slots. It has as much work as many long sequences, and one exact result."""
+    one = build(contents, queries)
+    arrays: dict[str, Any] = {"pool": one.cache.pool, "side": one.cache.side}
+    for name in ("slots", "lengths", "packed"):
+        arrays[name] = np.tile(getattr(one.cache, name), times)
+    arrays["block_table"] = np.tile(one.cache.block_table, (times, 1))
+    cache = PagedKvCache.wrap(
+        contents.format,
+        **arrays,
+        keep_first=contents.keep_first,
+        keep_last=contents.keep_last,
+    )
+    cases = []
+    for case in one.cases:
+        exact = case.expected
+        parts = (exact.out, exact.lse, exact.out_bound, exact.lse_bound)
+        expected = Expected(*(np.concatenate([part] * times) for part in parts))
+        q = case.q.repeat(times, 1, 1, 1)
+        cases.append(Case(contents, case.queries, case.scale, q, expected))
+    return Built(cache, cases)
+
+
 def keys_and_values(c: Contents, rng: np.random.Generator) -> tuple[Floats32, Floats32]:
     """(B, S, H, D) of a family of samples.py, or of
 
@@ -261,6 +285,22 @@ def shape_cases(page: Page) -> Cases:
         (Contents(pick[5], short, 1, 0, 0), (Queries(3), Queries(8, dtype=brain))),
         (Contents(pick[6], (128,) * 70, 1, 50, 64), (Queries(4),)),
     ]
+
+
+MANY = 120  # repetitions: 28000 chunks, more than 16 for each warp of an H200
+
+
+def many_cases(page: Page) -> Cases:
+    """For `build_many`: whole groups and others, zones that end in a page's chunks and between."""
+    formats = [f for f in formats_of(page) if f.page_tokens == 128]
+    largest = max(formats, key=lambda f: (f.k_group, f.v_group, not f.token_norm))
+    cases: Cases = []
+    zones = ((0, 0), (16, 64), (64, 0), (100, 30), (128, 64))
+    for i, (first, last) in enumerate(zones):
+        f = largest if i % 2 == 0 else formats[(7 * i) % len(formats)]
+        both = (Queries(4), Queries(8, 2, "bfloat16"))
+        cases.append((Contents(f, (4000, 3571, 90), 2, first, last), both[: 1 + i % 2]))
+    return cases
 
 
 ZONES = ((0, 0), (16, 64), (5, 30), (50, 200), (64, 0))

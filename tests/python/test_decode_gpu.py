@@ -14,6 +14,7 @@ import pytest
 import seeds
 from cuda_kernels import DECODE_KERNELS, skip_without_code
 from decode_inputs import (
+    MANY,
     PAGES,
     Built,
     Case,
@@ -22,9 +23,11 @@ from decode_inputs import (
     Page,
     Queries,
     build,
+    build_many,
     family_cases,
     format_cases,
     formats_of,
+    many_cases,
     on_device,
     on_host,
     rng_of,
@@ -64,13 +67,16 @@ def check(built: Built, device: str, kernel: str | None, kind: str) -> None:
         cache.check()
 
 
-def check_all(cases: Cases, device: str, kernel: str | None, kind: str) -> None:
-    """Every case is run; what fails is reported together."""
+def check_all(
+    cases: Cases, device: str, kernel: str | None, kind: str, times: int | None = None
+) -> None:
+    """Every case is run, repeated so often in one batch; what fails is reported together."""
     failures = []
     for contents, queries in cases:
         try:
             with skip_without_code():
-                check(build(contents, queries), device, kernel, kind.format(contents.kind))
+                built = build_many(contents, queries, times) if times else build(contents, queries)
+                check(built, device, kernel, kind.format(contents.kind))
         except AssertionError as error:
             failures.append(str(error))
     assert not failures, f"{len(failures)} of {len(cases)} fail:\n" + "\n".join(failures[:12])
@@ -87,6 +93,10 @@ class TestEveryKernel:
     def test_shapes(self, torch: Any, kernel: str) -> None:
         check_all(shape_cases(Page.of_kernel(kernel)), "cuda", kernel, "shapes")
 
+    def test_much_work(self, torch: Any, kernel: str) -> None:
+        """So much that every warp has many items: then they may be whole pages."""
+        check_all(many_cases(Page.of_kernel(kernel)), "cuda", kernel, "much work", MANY)
+
     def test_families(self, torch: Any, kernel: str) -> None:
         check_all(family_cases(Page.of_kernel(kernel)), "cuda", kernel, "family {}")
 
@@ -97,6 +107,7 @@ def test_cases_and_budgets_on_a_cpu(torch: Any, page: Page) -> None:
     check_all(cases, "cpu", None, "cpu: every format")
     check_all(shape_cases(page), "cpu", None, "cpu: shapes")
     check_all(family_cases(page), "cpu", None, "cpu: family {}")
+    check_all(many_cases(page), "cpu", None, "cpu: much work", 2)
     assert any(kind == "cpu: shapes" for kind, _ in SUMMARY.found)
 
 
