@@ -13,6 +13,11 @@ __device__ inline std::uint32_t transpose_8x8(std::uint32_t pair) {
   return transposed;
 }
 
+// Starts to bring a line of global memory into the L2 cache.
+__device__ inline void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(address));
+}
+
 // 2^x, to 2 ulp; -inf gives 0.
 __device__ inline float exp2(float x) {
   float power;

@@ -24,15 +24,16 @@ constexpr int saturate_to_int(std::int64_t value) {
 }
 
 constexpr Fault find_fault(const PagedKvCache& c, const SequenceState& s) {
-  const int page_tokens = c.format.page_tokens;
-  const Fault packed{DeviceError::packed, s.packed,
-                     saturate_to_int(std::int64_t{c.max_pages} * page_tokens)};
+  const std::int64_t table_tokens = std::int64_t{c.max_pages} * c.format.page_tokens;
+  const Fault packed{DeviceError::packed, s.packed, saturate_to_int(table_tokens)};
   if (s.slot < 0 || s.slot >= c.num_slots) return {DeviceError::slot, s.slot, c.num_slots};
   if (s.length < 0) return {DeviceError::length, s.length, c.tail_tokens};
-  if (s.packed < 0 || s.packed > s.length || s.packed % page_tokens != 0) return packed;
+  // Page sizes are powers of two: kernels needn't divide.
+  const int beyond_pages = s.packed & (c.format.page_tokens - 1);
+  if (s.packed < 0 || s.packed > s.length || beyond_pages != 0) return packed;
   const int behind_pages = s.length - s.packed;
   if (behind_pages > c.tail_tokens) return {DeviceError::length, behind_pages, c.tail_tokens};
-  if (s.packed / page_tokens > c.max_pages) return packed;
+  if (s.packed > table_tokens) return packed;
   return {};
 }
 

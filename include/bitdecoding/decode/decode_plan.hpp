@@ -20,8 +20,9 @@ struct DecodePlan {
   const char* kernel = "";  // its name in the kernel table
   int device = 0;
   int ctas = 0;
-  int warps = 0;   // per CTA
-  int stages = 0;  // per warp
+  int warps = 0;          // per CTA
+  int stages = 0;         // per warp
+  int packed_chunks = 1;  // of a packed item
   int stage_bytes = 0;
   int smem_bytes = 0;
   std::size_t workspace_bytes = 0;  // counters, then partials

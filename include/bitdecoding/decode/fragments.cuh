@@ -10,7 +10,7 @@
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/tensor.hpp>
 
-#include "bitdecoding/decode/config.hpp"
+#include "bitdecoding/decode/work.hpp"
 #include "bitdecoding/layout/packed_kv_tensor.hpp"
 
 namespace bitdecoding::decode {
@@ -95,7 +95,7 @@ __device__ FragmentA v_fragment(std::uint32_t word, int tile) {
 
 // Group sizes are powers of two: a mask and a shift instead of a division.
 __device__ inline bool begins_group(int element, int group) { return (element & (group - 1)) == 0; }
-__device__ inline int group_of(int element, int group) { return element >> (31 - __clz(group)); }
+__device__ inline int group_of(int element, int group) { return element >> log2_of(group); }
 
 __device__ inline __half2 as_half2(std::uint32_t bits) {
   return *reinterpret_cast<const __half2*>(&bits);

@@ -13,23 +13,19 @@ namespace bitdecoding::decode {
 template <DecodeConfig Config>
 inline constexpr int kMaxWarps = Config.query_columns == 8 ? 12 : 8;
 inline constexpr int kMostWarps = 12;
-inline constexpr int kMostStages = 4;
 
 // A partial that a warp leaves to the CTA.
 struct PartialTag {
   int sequence = -1;  // -1: none
   int head = 0;
-  int segment_begin = 0;
+  int segment_begin = 0, segment_last = 0;  // units at which its first and last item begin
+  int stage = 0;                            // of the warp's ring, where its last partial lies
 };
 
 struct alignas(16) CtaStorage {
   PartialTag tags[kMostWarps][2];  // the segment that ends in the warp's share, its last segment
-  int finisher;
-};
-
-struct WarpStorage {
-  alignas(16) Item items[kMostStages];
-  alignas(8) std::uint64_t barriers[kMostStages];
+  // Of the segments that reach beyond the CTA.
+  int finish_first[2], finish_partials[2];
 };
 
 template <DecodeConfig Config>
@@ -45,108 +41,116 @@ class DecodeCta {
                                                      sizeof(CtaStorage))),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
-        total_(total_units(a.problem.cache, a.batch, lane_)),
+        batch_(a.batch),
+        total_(choose_items()),
         shares_(total_, active_ctas(total_, gridDim.x)) {}
 
   __device__ void run() {
-    write_empty_sequences();
-    if (static_cast<int>(blockIdx.x) >= active_ctas(total_, gridDim.x) || total_ == 0) return;
-    stream();
-    __syncthreads();
-    merge_warps();
+    if (total_ > 0 && static_cast<int>(blockIdx.x) < active_ctas(total_, gridDim.x)) {
+      if (has_whole_groups(a_.problem.cache.format)) {
+        stream(WholeGroups<S::head_dim>{});
+      } else {
+        stream(AnyGroups{a_.problem.cache.format});
+      }
+      __syncthreads();
+      merge_warps();
+    }
+    write_other_sequences();
   }
 
  private:
+  // Pages are items only where every warp gets many; returns the units of the batch.
+  __device__ int choose_items() {
+    constexpr int kFewUnits = 16;  // of a warp
+    const PagedKvCache& cache = a_.problem.cache;
+    const int total = total_units(cache, batch_, lane_);
+    const bool are_pages = batch_.items.packed_tokens > kChunkTokens;
+    if (!are_pages || total >= kFewUnits * static_cast<int>(gridDim.x) * a_.warps) return total;
+    batch_.items = ItemShape{};
+    return total_units(cache, batch_, lane_);
+  }
+
   __device__ Partial<S>* inner_partial(int warp) const {
     return reinterpret_cast<Partial<S>*>(a_.workspace) + blockIdx.x * a_.warps + warp;
   }
   __device__ Partial<S>* cta_partial(int cta, int which) const {
     return reinterpret_cast<Partial<S>*>(a_.workspace) + gridDim.x * a_.warps + 2 * cta + which;
   }
-  // A warp's last partial lies where its ring was.
+  __device__ std::uint8_t* ring_bytes(int warp) const {
+    return smem_ + warp * a_.stages * a_.stage_bytes;
+  }
+  // A warp's last partial lies where its last item was.
   __device__ Partial<S>* last_partial(int warp) const {
-    return reinterpret_cast<Partial<S>*>(smem_ + warp * a_.stages * a_.stage_bytes);
+    const int stage = cta_storage_.tags[warp][1].stage;
+    return reinterpret_cast<Partial<S>*>(ring_bytes(warp) + stage * a_.stage_bytes);
   }
 
-  __device__ void stream() {
+  template <class Groups>
+  __device__ void stream(const Groups& groups) {
     const UnitRange share = shares_.range(blockIdx.x);
     UnitRange range = Shares(share.end - share.begin, a_.warps).range(warp_);
     range = {share.begin + range.begin, share.begin + range.end};
-    PartialTag tags[2];
-    Ring<Config> ring(a_, smem_ + warp_ * a_.stages * a_.stage_bytes, warp_storage_[warp_].items,
-                      warp_storage_[warp_].barriers, range, lane_);
-    Stream<Config> stream(a_, lane_);
-    PartialTag open;  // the segment whose state the stream holds
+    if (lane_ < 2) cta_storage_.tags[warp_][lane_] = PartialTag{};
+    Ring<Config> ring(a_, batch_, ring_bytes(warp_), warp_storage_[warp_], range, lane_);
+    Stream<Config, Groups> stream(a_, groups, lane_);
     while (!ring.empty()) {
       const Item item = ring.item();
-      if (item.flags & Item::first) {
-        if (open.sequence >= 0) {
-          store_partial(stream, *inner_partial(warp_));
-          tags[0] = open;
-        }
-        stream.begin_segment(item);
-        open = {item.sequence, item.head, item.segment_begin};
-      }
+      if (item.flags & Item::first) stream.begin_segment(item);
       ring.wait();
       ring.load_next();
       stream.attend(item, ring.bytes());
+      if (item.flags & Item::last) finish(stream, ring, item);
+      if (item.flags & (Item::zone | Item::last)) ring.written();
       ring.release();
-      if ((item.flags & Item::last) && (item.flags & Item::whole)) {
-        store_whole(stream, item);
-        open.sequence = -1;
-      }
     }
+  }
+
+  // The segment's result leaves the registers for the stage of its last item: a whole segment goes
+  // from there to the output, one that an earlier warp began to the workspace; the warp's last
+  // segment stays.
+  template <class Groups>
+  __device__ void finish(Stream<Config, Groups>& stream, Ring<Config>& ring, const Item& item) {
+    auto& partial = *reinterpret_cast<Partial<S>*>(ring.bytes());
     __syncwarp();
-    if (open.sequence >= 0) {
-      store_partial(stream, *last_partial(warp_));
-      tags[1] = open;
-    }
-    if (lane_ == 0) {
-      cta_storage_.tags[warp_][0] = tags[0];
-      cta_storage_.tags[warp_][1] = tags[1];
+    store_partial<S>(stream.output(), stream.softmax(), a_.record.format().v_group, lane_, partial);
+    __syncwarp();
+    const PartialTag tag{item.sequence, item.head, item.segment_begin, item.segment_last,
+                         ring.stage()};
+    if (item.flags & Item::whole) {
+      store_whole(partial, tag);
+    } else if (!ring.is_last()) {
+      copy_partial<S>(partial, *inner_partial(warp_), lane_);
+      if (lane_ == 0) cta_storage_.tags[warp_][0] = tag;
+    } else if (lane_ == 0) {
+      cta_storage_.tags[warp_][1] = tag;
     }
   }
 
   __device__ int columns_of(int head) const {
+    if (a_.column_tiles == 1) return a_.columns;
     return min(S::columns, a_.columns - head % a_.column_tiles * S::columns);
   }
   __device__ OutputRow row_of(int sequence, int head, int column) const {
+    if (a_.column_tiles == 1) return OutputRow(a_.problem, sequence, head, a_.group, column);
     return OutputRow(a_.problem, sequence, head / a_.column_tiles, a_.group,
                      head % a_.column_tiles * S::columns + column);
   }
 
-  __device__ void store_partial(Stream<Config>& stream, Partial<S>& partial) {
-    finish_stream<S>(
-        stream.output(), stream.softmax(), a_.record.format().v_group, lane_,
-        [&](int column, int channel, float o, float) { partial.o[column][channel] = o; },
-        [&](int column, float maximum, float sum) {
-          partial.maximum[column] = maximum;
-          partial.sum[column] = sum;
-        });
-  }
-
-  __device__ void store_whole(Stream<Config>& stream, const Item& item) {
-    const int columns = columns_of(item.head);
-    finish_stream<S>(
-        stream.output(), stream.softmax(), a_.record.format().v_group, lane_,
-        [&](int column, int channel, float o, float sum) {
-          if (column >= columns) return;
-          store_output(a_.problem, row_of(item.sequence, item.head, column).out + channel, o / sum);
-        },
-        [&](int column, float maximum, float sum) {
-          if (column >= columns || a_.problem.lse == nullptr) return;
-          a_.problem.lse[row_of(item.sequence, item.head, column).lse] = natural_lse(maximum, sum);
-        });
+  __device__ void store_whole(const Partial<S>& partial, const PartialTag& tag) {
+    const int channel = lane_ * 4;
+    for (int column = 0; channel < S::head_dim && column < columns_of(tag.head); ++column) {
+      store_merged(tag, column, channel,
+                   *reinterpret_cast<const float4*>(&partial.o[column][channel]),
+                   partial.maximum[column], partial.sum[column]);
+    }
   }
 
   __device__ void store_merged(const PartialTag& tag, int column, int channel, float4 o,
                                float maximum, float sum) {
     const OutputRow row = row_of(tag.sequence, tag.head, column);
     const float inverse = sum == 0.f ? 0.f : 1.f / sum;
-    store_output(a_.problem, row.out + channel, o.x * inverse);
-    store_output(a_.problem, row.out + channel + 1, o.y * inverse);
-    store_output(a_.problem, row.out + channel + 2, o.z * inverse);
-    store_output(a_.problem, row.out + channel + 3, o.w * inverse);
+    store_output(a_.problem, row.out + channel,
+                 {o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse});
     if (channel == 0 && a_.problem.lse != nullptr) {
       a_.problem.lse[row.lse] = natural_lse(maximum, sum);
     }
@@ -154,27 +158,40 @@ class DecodeCta {
 
   // The CTA's partials of one segment: entries 2 * warp + which, a bit each, in unit order.
   struct WarpPartials {
+    static constexpr int kBatch = 8;
+
     const DecodeCta& cta;
     unsigned entries;
 
-    __device__ int end() const { return 2 * kMostWarps; }
-    __device__ const Partial<S>* at(int entry) const {
-      if (entry >= end() || (entries >> entry & 1u) == 0) return nullptr;
+    __device__ int first() const { return __ffs(static_cast<int>(entries)) - 1; }
+    __device__ int count() const { return 32 - __clz(static_cast<int>(entries)) - first(); }
+    __device__ const Partial<S>* at(int i) const {
+      const int entry = first() + i;
+      if (i >= count() || (entries >> entry & 1u) == 0) return nullptr;
       return entry % 2 == 0 ? cta.inner_partial(entry / 2) : cta.last_partial(entry / 2);
     }
   };
   // The partials of one segment among all CTAs: the first one's last, the others' first.
   struct CtaPartials {
-    const DecodeCta& cta;
-    int first, last;
+    static constexpr int kBatch = 16;
 
-    __device__ int end() const { return last - first + 1; }
+    const DecodeCta& cta;
+    int first, partials;
+
+    __device__ int count() const { return partials; }
     __device__ const Partial<S>* at(int i) const {
-      return i < end() ? cta.cta_partial(first + i, i == 0) : nullptr;
+      return i < partials ? cta.cta_partial(first + i, i == 0) : nullptr;
     }
   };
 
-  // Lane i of every warp holds entry i; runs of entries of one segment are merged together.
+  // A segment that has partials in this CTA, and which.
+  struct CtaSegment {
+    PartialTag tag;
+    unsigned entries = 0;  // of WarpPartials; 0: no segment
+  };
+
+  // Lane i of every warp holds entry i; runs of entries of one segment are merged together. Columns
+  // of all segments are dealt out to the warps one by one.
   __device__ void merge_warps() {
     PartialTag mine;
     if (lane_ < 2 * a_.warps) mine = cta_storage_.tags[lane_ / 2][lane_ % 2];
@@ -184,73 +201,114 @@ class DecodeCta {
     const bool same = (__shfl_sync(0xffffffffu, mine.sequence, previous) == mine.sequence) &
                       (__shfl_sync(0xffffffffu, mine.head, previous) == mine.head) & (before != 0);
     unsigned starts = __ballot_sync(0xffffffffu, mine.sequence >= 0 && !same);
+    const UnitRange share = shares_.range(blockIdx.x);
+    CtaSegment crossing[2];  // began in an earlier CTA, or ends in a later one
+    int turn = 0;
     while (starts != 0) {
       const int begin = __ffs(static_cast<int>(starts)) - 1;
       starts &= starts - 1;
       const unsigned below_next = starts == 0 ? ~0u : (starts & -starts) - 1u;
-      merge_segment({__shfl_sync(0xffffffffu, mine.sequence, begin),
-                     __shfl_sync(0xffffffffu, mine.head, begin),
-                     __shfl_sync(0xffffffffu, mine.segment_begin, begin)},
-                    held & below_next & ~((1u << begin) - 1u));
+      const CtaSegment segment{{__shfl_sync(0xffffffffu, mine.sequence, begin),
+                                __shfl_sync(0xffffffffu, mine.head, begin),
+                                __shfl_sync(0xffffffffu, mine.segment_begin, begin),
+                                __shfl_sync(0xffffffffu, mine.segment_last, begin)},
+                               held & below_next & ~((1u << begin) - 1u)};
+      const bool began = segment.tag.segment_begin >= share.begin;
+      const bool ends = segment.tag.segment_last < share.end;
+      if (began && ends) {
+        merge_inside(segment, turn);
+      } else {
+        merge_crossing(segment, began, turn);
+        crossing[began] = segment;
+      }
+    }
+    if ((crossing[0].entries | crossing[1].entries) != 0) finish_crossing(crossing);
+  }
+
+  __device__ bool is_my_turn(int& turn) const {
+    const bool mine = turn == warp_;
+    turn = turn + 1 == a_.warps ? 0 : turn + 1;
+    return mine;
+  }
+
+  __device__ void merge_inside(const CtaSegment& segment, int& turn) {
+    for (int column = 0; column < columns_of(segment.tag.head); ++column) {
+      if (!is_my_turn(turn)) continue;
+      merge_column<S>(WarpPartials{*this, segment.entries}, column,
+                      [&](int channel, float4 o, float maximum, float sum) {
+                        store_merged(segment.tag, column, channel, o, maximum, sum);
+                      });
     }
   }
 
-  __device__ void merge_segment(const PartialTag& segment, unsigned entries) {
-    const WarpPartials partials{*this, entries};
-    const int columns = columns_of(segment.head);
-    const SegmentItems items = segment_items(a_.problem.cache.lengths[segment.sequence],
-                                             a_.problem.cache.packed[segment.sequence],
-                                             a_.problem.cache.keep_first, a_.batch.zone_log2);
-    const int first = shares_.at(segment.segment_begin);
-    const int last = shares_.at(segment.segment_begin + items.last_begin());
-    if (first == last) {
-      merge_partials<S>(partials, columns,
-                        [&](int column, int channel, float4 o, float maximum, float sum) {
-                          store_merged(segment, column, channel, o, maximum, sum);
-                        });
-      return;
-    }
-    Partial<S>& mine = *cta_partial(blockIdx.x, static_cast<int>(blockIdx.x) == first);
-    merge_partials<S>(partials, columns,
-                      [&](int column, int channel, float4 o, float maximum, float sum) {
+  __device__ void merge_crossing(const CtaSegment& segment, bool began, int& turn) {
+    Partial<S>& mine = *cta_partial(blockIdx.x, began);
+    for (int column = 0; column < columns_of(segment.tag.head); ++column) {
+      if (!is_my_turn(turn)) continue;
+      merge_column<S>(WarpPartials{*this, segment.entries}, column,
+                      [&](int channel, float4 o, float maximum, float sum) {
                         *reinterpret_cast<float4*>(&mine.o[column][channel]) = o;
                         if (channel == 0) {
                           mine.maximum[column] = maximum;
                           mine.sum[column] = sum;
                         }
                       });
-    finish_segment(segment, columns, first, last);
+    }
   }
 
-  // The last of the segment's CTAs merges the partials of all, in order.
-  __device__ void finish_segment(const PartialTag& segment, int columns, int first, int last) {
-    __threadfence();
+  // The last of a segment's CTAs merges the partials of all, in order. crossing[0] began in an
+  // earlier CTA, crossing[1] in this one.
+  __device__ void finish_crossing(const CtaSegment (&crossing)[2]) {
     __syncthreads();
-    if (threadIdx.x == 0) {
-      const int finished = atomicAdd(&a_.counters[first], 1);
-      cta_storage_.finisher = finished == last - first;
-      if (cta_storage_.finisher) a_.counters[first] = 0;
+    if (threadIdx.x < 2) {
+      const PartialTag& tag = crossing[threadIdx.x].tag;
+      int partials = 0;  // 0: not the last CTA
+      if (crossing[threadIdx.x].entries != 0) {
+        const int first = shares_.at(tag.segment_begin), last = shares_.at(tag.segment_last);
+        __threadfence();  // the whole CTA's partial: fences are cumulative over the barrier
+        if (atomicAdd(&a_.counters[first], 1) == last - first) {
+          a_.counters[first] = 0;
+          partials = last - first + 1;
+          __threadfence();
+        }
+        cta_storage_.finish_first[threadIdx.x] = first;
+      }
+      cta_storage_.finish_partials[threadIdx.x] = partials;
     }
     __syncthreads();
-    if (!cta_storage_.finisher) return;
-    __threadfence();
-    merge_partials<S>(CtaPartials{*this, first, last}, columns,
-                      [&](int column, int channel, float4 o, float maximum, float sum) {
-                        store_merged(segment, column, channel, o, maximum, sum);
-                      });
+    int turn = 0;
+    for (int i = 0; i < 2; ++i) {
+      const int partials = cta_storage_.finish_partials[i];
+      if (partials == 0) continue;
+      const PartialTag& tag = crossing[i].tag;
+      const CtaPartials all{*this, cta_storage_.finish_first[i], partials};
+      for (int column = 0; column < columns_of(tag.head); ++column) {
+        if (!is_my_turn(turn)) continue;
+        merge_column<S>(all, column, [&](int channel, float4 o, float maximum, float sum) {
+          store_merged(tag, column, channel, o, maximum, sum);
+        });
+      }
+    }
   }
 
-  // Sequences without tokens have no items: out 0, lse -inf.
-  __device__ void write_empty_sequences() {
+  // Sequences without items. Without tokens: out 0, lse -inf. With a fault: NaN, and a report.
+  __device__ void write_other_sequences() {
     const DecodeProblem& p = a_.problem;
+    const PagedKvCache& c = p.cache;
     const std::int64_t rows = static_cast<std::int64_t>(p.query_tokens) * p.query_heads;
-    for (int b = blockIdx.x; b < p.cache.batch; b += gridDim.x) {
-      if (p.cache.lengths[b] != 0) continue;
-      for (std::int64_t i = threadIdx.x; i < rows * S::head_dim; i += blockDim.x) {
-        store_output(p, b * rows * S::head_dim + i, 0.f);
+    for (int b = blockIdx.x; b < c.batch; b += gridDim.x) {
+      const SequenceState state = load_state(c, b);
+      const Fault fault = find_decode_fault(c, state);
+      if (state.length != 0 && !fault) continue;
+      if (fault) report(a_.error_word, b, fault);
+      const float out = fault ? NAN : 0.f;
+      for (std::int64_t i = 4 * threadIdx.x; i < rows * S::head_dim; i += 4 * blockDim.x) {
+        store_output(p, b * rows * S::head_dim + i, {out, out, out, out});
       }
       if (p.lse == nullptr) continue;
-      for (std::int64_t i = threadIdx.x; i < rows; i += blockDim.x) p.lse[b * rows + i] = -INFINITY;
+      for (std::int64_t i = threadIdx.x; i < rows; i += blockDim.x) {
+        p.lse[b * rows + i] = fault ? NAN : -INFINITY;
+      }
     }
   }
 
@@ -259,14 +317,33 @@ class DecodeCta {
   CtaStorage& cta_storage_;
   WarpStorage* warp_storage_;
   int warp_, lane_;
+  BatchShape batch_;
   int total_;      // units of the batch
   Shares shares_;  // of the CTAs
 };
+
+// Queries and block table on their way to the L2 cache while the lengths are still being read.
+__device__ inline void prefetch_inputs(const DecodeProblem& p) {
+  constexpr int kLine = 128;
+  const PagedKvCache& c = p.cache;
+  const std::int64_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const std::int64_t table_bytes = std::int64_t{4} * c.batch * c.max_pages;
+  if (thread * kLine < table_bytes) {
+    arch::prefetch_l2(reinterpret_cast<const char*>(c.block_table) + thread * kLine);
+  }
+  const std::int64_t last_row = (c.batch - 1) * p.q_batch_stride +
+                                (p.query_tokens - 1) * p.q_token_stride +
+                                (p.query_heads - 1) * p.q_head_stride;
+  if (thread * kLine < 2 * last_row) {
+    arch::prefetch_l2(static_cast<const char*>(p.q) + thread * kLine);
+  }
+}
 
 template <class Row>
 __global__ void __launch_bounds__(kMaxWarps<Row::config> * 32, 1)
     decode_attention(const __grid_constant__ DecodeArguments arguments) {
   extern __shared__ __align__(128) std::uint8_t smem[];
+  prefetch_inputs(arguments.problem);
   DecodeCta<Row::config>(arguments, smem).run();
 }
 

@@ -15,20 +15,36 @@ namespace bitdecoding::decode {
 // Shared memory a CTA may use: 99 KB everywhere from 8.0 to 8.9, 227 KB on 9.0.
 constexpr int shared_limit_bytes(Arch arch) { return (arch == Arch::sm90 ? 227 : 99) * 1024; }
 
+// As many warps and stages as shared memory has room for: two stages or more, one with 4 warps.
 template <class Row>
-cudaError_t plan_decode(const KvFormat& format, DecodePlan* plan) {
+void fit_rings(int packed_bytes, DecodePlan* plan) {
   constexpr DecodeConfig config = Row::config;
-  using S = Shape<config>;
-  const layout::PageRecord record(format);
-  *plan = {.format = format, .config = config};
+  static_assert(zone_tile_bytes(config.page.head_dim) >= int{sizeof(Partial<Shape<config>>)});
   plan->stage_bytes =
-      layout::round_up(std::max(record.chunk(1), zone_tile_bytes(config.page.head_dim)), 128);
+      layout::round_up(std::max(packed_bytes, zone_tile_bytes(config.page.head_dim)), 128);
   const int limit = shared_limit_bytes(config.arch);
   for (plan->warps = kMaxWarps<config>;; plan->warps -= 4) {
     const int fixed = static_cast<int>(sizeof(CtaStorage) + plan->warps * sizeof(WarpStorage));
     plan->stages = std::min(kMostStages, (limit - fixed) / (plan->warps * plan->stage_bytes));
     plan->smem_bytes = plan->warps * plan->stages * plan->stage_bytes + fixed;
     if (plan->stages >= 2 || plan->warps == 4) break;
+  }
+}
+
+template <class Row>
+cudaError_t plan_decode(const KvFormat& format, DecodePlan* plan) {
+  constexpr DecodeConfig config = Row::config;
+  using S = Shape<config>;
+  const layout::PageRecord record(format);
+  *plan = {.format = format, .config = config};
+  // Packed items are pages where that costs no warp, else chunks.
+  fit_rings<Row>(record.chunk(1), plan);
+  const int warps = plan->warps;
+  plan->packed_chunks = format.chunks();
+  fit_rings<Row>(record.chunk(format.chunks()), plan);
+  if (plan->stages < 2 || plan->warps < warps) {
+    plan->packed_chunks = 1;
+    fit_rings<Row>(record.chunk(1), plan);
   }
   const auto kernel = decode_attention<Row>;
   cudaError_t error =
@@ -55,11 +71,11 @@ cudaError_t launch_decode(const DecodeProblem& problem, const DecodePlan& plan,
   const int columns = group * problem.query_tokens;
   const int column_tiles = (columns + config.query_columns - 1) / config.query_columns;
   const layout::PageRecord record(c.format);
-  // A 16-bit tile weighs one packed chunk, or two of its halves.
-  const int zone_log2 = 2 * zone_tile_bytes(config.page.head_dim) > 3 * record.chunk(1) ? 1 : 0;
+  // A page of two chunks takes about as long as two 16-bit tiles.
+  const ItemShape items{plan.packed_chunks * kChunkTokens, plan.packed_chunks - 1, 0};
   const DecodeArguments arguments{problem,
                                   record,
-                                  {c.num_kv_heads * column_tiles, zone_log2},
+                                  {c.num_kv_heads * column_tiles, column_tiles, items},
                                   group,
                                   columns,
                                   column_tiles,

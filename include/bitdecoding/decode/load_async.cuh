@@ -9,29 +9,46 @@
 
 namespace bitdecoding::decode {
 
+__device__ inline void copy_piece(const std::uint8_t* from, std::uint8_t* to) {
+  cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
+      *reinterpret_cast<const cute::uint128_t*>(from), *reinterpret_cast<cute::uint128_t*>(to));
+}
+
+// 16 rows of K and of V, each to its padded place.
+template <int HeadDim>
+__device__ void copy_zone(const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* to,
+                          int lane) {
+  constexpr int kRowBytes = 2 * HeadDim, kStride = zone_row_bytes(HeadDim);
+  constexpr int kRowLanes = kRowBytes / 16, kRowsAtOnce = 32 / kRowLanes;
+  const int row = lane / kRowLanes, piece = lane % kRowLanes * 16;
+  k += row * kRowBytes + piece;
+  v += row * kRowBytes + piece;
+  to += row * kStride + piece;
+#pragma unroll
+  for (int i = 0; i < kZoneTokens; i += kRowsAtOnce) {
+    copy_piece(k + i * kRowBytes, to + i * kStride);
+    copy_piece(v + i * kRowBytes, to + (kZoneTokens + i) * kStride);
+  }
+}
+
 class AsyncLoader {
  public:
   __device__ AsyncLoader(std::uint64_t*, int, int lane) : lane_(lane) {}
 
-  __device__ void load_chunk(int, const std::uint8_t* from, std::uint8_t* to, int bytes,
-                             const std::uint8_t* group, std::uint8_t* group_to, int group_bytes) {
+  __device__ void load_packed(int, const std::uint8_t* from, std::uint8_t* to, int bytes,
+                              const std::uint8_t* group, std::uint8_t* group_to, int group_bytes) {
     copy(from, to, bytes);
     if (group != nullptr) copy(group, group_to, group_bytes);
   }
 
-  __device__ void load_zone(int, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* to,
-                            int head_dim) {
-    const int row_bytes = 2 * head_dim;
-    const int pieces = row_bytes / 16;
-    for (int i = lane_; i < 2 * kZoneTokens * pieces; i += 32) {
-      const int row = i / pieces, piece = i % pieces;
-      const std::uint8_t* rows = row < kZoneTokens ? k : v;
-      copy_piece(rows + row % kZoneTokens * row_bytes + piece * 16,
-                 to + row * zone_row_bytes(head_dim) + piece * 16);
-    }
+  template <int HeadDim>
+  __device__ void load_zone(int, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* to) {
+    copy_zone<HeadDim>(k, v, to, lane_);
   }
 
   __device__ void commit() { cute::cp_async_fence(); }
+
+  __device__ void written() {}
 
   // Waits until all but the newest `stages - 2` groups are there, for every lane.
   __device__ void wait(int, int, int stages) {
@@ -44,10 +61,6 @@ class AsyncLoader {
   }
 
  private:
-  __device__ static void copy_piece(const std::uint8_t* from, std::uint8_t* to) {
-    cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
-        *reinterpret_cast<const cute::uint128_t*>(from), *reinterpret_cast<cute::uint128_t*>(to));
-  }
   __device__ void copy(const std::uint8_t* from, std::uint8_t* to, int bytes) const {
     for (int i = lane_ * 16; i < bytes; i += 32 * 16) copy_piece(from + i, to + i);
   }

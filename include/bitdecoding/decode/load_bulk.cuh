@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bytes into a warp's ring by the bulk copy engine (sm_90): a chunk is one copy, its completion an
-// mbarrier's phase.
+// Bytes into a warp's ring by the bulk copy engine (sm_90): a packed item is one copy; what has
+// landed completes the phase of an mbarrier.
 #pragma once
 
 #include <cute/arch/cluster_sm90.hpp>
@@ -9,7 +9,7 @@
 
 #include <cutlass/arch/barrier.h>
 
-#include "bitdecoding/decode/config.hpp"
+#include "bitdecoding/decode/load_async.cuh"
 
 namespace bitdecoding::decode {
 
@@ -26,8 +26,8 @@ class BulkLoader {
   }
 
   // `group` (or nullptr): parameters of a K group that begins in an earlier chunk.
-  __device__ void load_chunk(int stage, const std::uint8_t* from, std::uint8_t* to, int bytes,
-                             const std::uint8_t* group, std::uint8_t* group_to, int group_bytes) {
+  __device__ void load_packed(int stage, const std::uint8_t* from, std::uint8_t* to, int bytes,
+                              const std::uint8_t* group, std::uint8_t* group_to, int group_bytes) {
     if (!cute::elect_one_sync()) return;  // the compiler knows it for one lane: no loop over lanes
     const int all = bytes + (group == nullptr ? 0 : group_bytes);
     cute::set_barrier_transaction_bytes(barriers_[stage], all);
@@ -37,20 +37,21 @@ class BulkLoader {
     }
   }
 
-  // 16 rows of K and of V, each row to its padded place: a copy per lane.
+  // By all lanes in pieces of 16 bytes, since rows go to padded places: a bulk copy per row costs
+  // more instructions.
+  template <int HeadDim>
   __device__ void load_zone(int stage, const std::uint8_t* k, const std::uint8_t* v,
-                            std::uint8_t* to, int head_dim) {
-    const int row_bytes = 2 * head_dim;
-    if (lane_ == 0) {
-      cute::set_barrier_transaction_bytes(barriers_[stage], 2 * kZoneTokens * row_bytes);
-    }
+                            std::uint8_t* to) {
+    copy_zone<HeadDim>(k, v, to, lane_);
+    cutlass::arch::cpasync_barrier_arrive(&barriers_[stage]);  // pending until they have landed
     __syncwarp();
-    const std::uint8_t* rows = lane_ < kZoneTokens ? k : v;
-    cute::SM90_BULK_COPY_G2S::copy(rows + lane_ % kZoneTokens * row_bytes, &barriers_[stage],
-                                   to + lane_ * zone_row_bytes(head_dim), row_bytes);
+    if (lane_ == 0) cute::arrive_barrier(barriers_[stage]);
   }
 
   __device__ void commit() {}
+
+  // The copy engine must not overtake the warp's own writes to a stage.
+  __device__ void written() { cutlass::arch::fence_view_async_shared(); }
 
   __device__ void wait(int stage, int phase, int) {
     cute::wait_barrier(barriers_[stage], phase);

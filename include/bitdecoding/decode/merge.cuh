@@ -11,7 +11,7 @@
 namespace bitdecoding::decode {
 
 template <class S>
-struct Partial {
+struct alignas(16) Partial {
   float o[S::columns][S::head_dim + 4];  // padded: lanes of a store meet different banks
   float maximum[S::columns];
   float sum[S::columns];
@@ -23,19 +23,25 @@ struct OutputRow {
   std::int64_t lse;
 
   __device__ OutputRow(const DecodeProblem& p, int sequence, int kv_head, int group, int column) {
-    const int token = column / group, head = kv_head * group + column % group;
+    const int token = p.query_tokens == 1 ? 0 : column / group;
+    const int head = kv_head * group + column - token * group;
     out = ((static_cast<std::int64_t>(sequence) * p.query_tokens + token) * p.query_heads + head) *
           p.cache.format.head_dim;
     lse = (static_cast<std::int64_t>(sequence) * p.query_heads + head) * p.query_tokens + token;
   }
 };
 
-__device__ inline void store_output(const DecodeProblem& p, std::int64_t index, float value) {
+// Four channels, from element `index` on.
+__device__ inline void store_output(const DecodeProblem& p, std::int64_t index, float4 o) {
+  uint2 bits;
   if (p.type == ElementType::f16) {
-    static_cast<__half*>(p.out)[index] = __float2half_rn(value);
+    bits = {as_bits(__floats2half2_rn(o.x, o.y)), as_bits(__floats2half2_rn(o.z, o.w))};
   } else {
-    static_cast<__nv_bfloat16*>(p.out)[index] = __float2bfloat16_rn(value);
+    const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(o.x, o.y),
+                                     __floats2bfloat162_rn(o.z, o.w)};
+    bits = reinterpret_cast<const uint2&>(pairs);
   }
+  *reinterpret_cast<uint2*>(static_cast<std::uint16_t*>(p.out) + index) = bits;
 }
 
 __device__ inline float natural_lse(float maximum, float sum) {
@@ -43,10 +49,10 @@ __device__ inline float natural_lse(float maximum, float sum) {
   return 0.693147181f * (maximum - kWeightExponent + arch::log2(sum));
 }
 
-// Calls visit(column, channel, value) for the lane's outputs, and visit_column(column, m, l) once.
-template <class S, class Visit, class VisitColumn>
-__device__ void finish_stream(Output<S>& output, Softmax<S>& softmax, int v_group, int lane,
-                              const Visit& visit, const VisitColumn& visit_column) {
+// A stream's result to memory.
+template <class S>
+__device__ void store_partial(Output<S>& output, Softmax<S>& softmax, int v_group, int lane,
+                              Partial<S>& partial) {
   constexpr int kPartChannels = S::head_dim / S::V::v_parts;
   const int g = lane / 4, t = lane % 4;
   output.make_true();
@@ -59,7 +65,10 @@ __device__ void finish_stream(Output<S>& output, Softmax<S>& softmax, int v_grou
         sum += __shfl_xor_sync(0xffffffffu, sum, distance);
       }
       const int column = 8 * n + 2 * t + e;
-      if (g == 0) visit_column(column, softmax.maximum(e, n), sum);
+      if (g == 0) {
+        partial.maximum[column] = softmax.maximum(e, n);
+        partial.sum[column] = sum;
+      }
       float zero = 0.f;
 #pragma unroll
       for (int part = 0; part < S::V::v_parts; ++part) {
@@ -69,7 +78,7 @@ __device__ void finish_stream(Output<S>& output, Softmax<S>& softmax, int v_grou
           const int k = part * S::v_part_tiles + tile;
 #pragma unroll
           for (int u = 0; u < 2; ++u) {
-            visit(column, 16 * k + g + 8 * u, output.tOrO(e + 2 * u, n, k) + zero, sum);
+            partial.o[column][16 * k + g + 8 * u] = output.tOrO(e + 2 * u, n, k) + zero;
           }
         }
       }
@@ -77,56 +86,52 @@ __device__ void finish_stream(Output<S>& output, Softmax<S>& softmax, int v_grou
   }
 }
 
-__device__ inline float warp_max(float value) {
-  for (int distance = 16; distance > 0; distance /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, distance));
+// By one warp.
+template <class S>
+__device__ void copy_partial(const Partial<S>& from, Partial<S>& to, int lane) {
+  static_assert(sizeof(Partial<S>) % sizeof(float4) == 0);
+  for (int i = lane; i < static_cast<int>(sizeof(Partial<S>) / sizeof(float4)); i += 32) {
+    reinterpret_cast<float4*>(&to)[i] = reinterpret_cast<const float4*>(&from)[i];
   }
-  return value;
-}
-__device__ inline float warp_sum(float value) {
-  for (int distance = 16; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, distance);
-  }
-  return value;
 }
 
-// Merges partials.at(0 .. partials.end() - 1), nullptr for none, in this order: a warp takes a
-// column, its lanes first a partial each (m, l), then four channels each (O, 8 partials at once).
-// store(column, channel, o, m, l): o, l relative to m.
+// Merges a column of partials.at(0 .. partials.count() - 1), nullptr for none, in this order, by one
+// warp: four channels per lane, and every lane weighs all partials, since shuffles take longer. All
+// loads of a batch are under way before the first is used.
+// store(channel, o, m, l): o, l relative to m.
 template <class S, class Partials, class Store>
-__device__ void merge_partials(const Partials& partials, int columns, const Store& store) {
-  constexpr int kBatch = 8;
-  const int lane = threadIdx.x % 32;
-  const int channel = lane * 4 % S::head_dim;
-  for (int column = threadIdx.x / 32; column < columns; column += blockDim.x / 32) {
-    float maximum = kMaximumFloor, sum = 0.f;
-    float4 o{0.f, 0.f, 0.f, 0.f};
-    for (int base = 0; base < partials.end(); base += 32) {
-      const Partial<S>* mine = partials.at(base + lane);
-      const float top = mine == nullptr ? kMaximumFloor : mine->maximum[column];
-      const float raised = fmaxf(maximum, warp_max(top));
-      const float shrink = arch::exp2(maximum - raised);
-      const float weight = mine == nullptr ? 0.f : arch::exp2(top - raised);
-      sum = sum * shrink + warp_sum(mine == nullptr ? 0.f : weight * mine->sum[column]);
-      o = {o.x * shrink, o.y * shrink, o.z * shrink, o.w * shrink};
-      maximum = raised;
-      for (int first = 0; first < 32 && base + first < partials.end(); first += kBatch) {
-        float4 more[kBatch];
+__device__ void merge_column(const Partials& partials, int column, const Store& store) {
+  constexpr int kBatch = Partials::kBatch;
+  const int channel = threadIdx.x % 32 * 4 % S::head_dim;
+  const int count = partials.count();
+  float maximum = kMaximumFloor, sum = 0.f;
+  float4 o{0.f, 0.f, 0.f, 0.f};
+  for (int first = 0; first < count; first += kBatch) {
+    float4 more[kBatch];
+    float top[kBatch], weighed[kBatch];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const Partial<S>* part = partials.at(base + first + i);
-          more[i] = part == nullptr ? float4{0.f, 0.f, 0.f, 0.f}
-                                    : *reinterpret_cast<const float4*>(&part->o[column][channel]);
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const float w = __shfl_sync(0xffffffffu, weight, first + i);
-          o = {o.x + w * more[i].x, o.y + w * more[i].y, o.z + w * more[i].z, o.w + w * more[i].w};
-        }
-      }
+    for (int i = 0; i < kBatch; ++i) {
+      const Partial<S>* part = partials.at(first + i);
+      top[i] = part == nullptr ? kMaximumFloor : part->maximum[column];
+      weighed[i] = part == nullptr ? 0.f : part->sum[column];
+      more[i] = part == nullptr ? float4{0.f, 0.f, 0.f, 0.f}
+                                : *reinterpret_cast<const float4*>(&part->o[column][channel]);
     }
-    if (lane * 4 < S::head_dim) store(column, channel, o, maximum, sum);
+    float raised = maximum;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) raised = fmaxf(raised, top[i]);
+    const float shrink = arch::exp2(maximum - raised);
+    maximum = raised;
+    sum *= shrink;
+    o = {o.x * shrink, o.y * shrink, o.z * shrink, o.w * shrink};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float w = arch::exp2(top[i] - raised);
+      sum += w * weighed[i];
+      o = {o.x + w * more[i].x, o.y + w * more[i].y, o.z + w * more[i].z, o.w + w * more[i].w};
+    }
   }
+  if (threadIdx.x % 32 * 4 < S::head_dim) store(channel, o, maximum, sum);
 }
 
 }  // namespace bitdecoding::decode

@@ -42,9 +42,10 @@ __device__ void load_query(Query<S>& query, const DecodeProblem& p, int sequence
   for (int n = 0; n < S::n_tiles; ++n) {
     const int column = columns.first + 8 * n + g;
     const bool real = column < columns.count;
-    const std::int64_t row = sequence * p.q_batch_stride +
-                             column / columns.group * p.q_token_stride +
-                             (kv_head * columns.group + column % columns.group) * p.q_head_stride;
+    const int token = p.query_tokens == 1 ? 0 : column / columns.group;
+    const int head = kv_head * columns.group + column - token * columns.group;
+    const std::int64_t row =
+        sequence * p.q_batch_stride + token * p.q_token_stride + head * p.q_head_stride;
     const auto* channels = static_cast<const std::uint16_t*>(p.q) + row + 2 * t;
     std::uint32_t bits[S::tiles][2];  // all loads are under way before the first is used
 #pragma unroll

@@ -11,16 +11,19 @@
 
 namespace bitdecoding::decode {
 
-// Affine maps of the two halves (32 tokens) of a chunk.
-template <class S>
+// Affine maps of the channel-axis K groups of a chunk: one, or one for each half (32 tokens).
+template <class S, int Count>
 struct ScoreScale {
-  ColumnTensor<S> factor[2];
-  ColumnTensor<S> bias[2];
+  ColumnTensor<S> factor[Count];
+  ColumnTensor<S> bias[Count];
+
+  // Of a 16-token block.
+  static constexpr int at(int block) { return Count == 1 ? 0 : block / 2; }
 
   __device__ void set_identity() {
-    for (int half = 0; half < 2; ++half) {
-      cute::fill(factor[half], 1.f);
-      cute::clear(bias[half]);
+    for (int group = 0; group < Count; ++group) {
+      cute::fill(factor[group], 1.f);
+      cute::clear(bias[group]);
     }
   }
 };
@@ -36,59 +39,64 @@ struct RowValues {
   }
 };
 
-// acc (block) += codes of one 16-token block times Q', channel tiles [first, last).
-template <class S, class Units, class Accumulator>
-__device__ void score_block(const Units& units, int block, int lane, const QueryTensor<S>& scaled,
-                            int first_tile, int last_tile, Accumulator&& acc) {
+// acc (block) += codes of two 16-token blocks times Q', channel tiles [first, last). Two, so that
+// the MMAs of one needn't wait for each other.
+template <class S, class Units>
+__device__ void score_blocks(const Units& units, int first_block, int lane,
+                             const QueryTensor<S>& scaled, int first_tile, int last_tile,
+                             ScoreTensor<S, kChunkBlocks>& acc) {
   constexpr int kTiles = S::K::tiles_per_word;
 #pragma unroll
   for (int unit = 0; unit < S::K::k_units; ++unit) {
     if ((unit + 1) * S::K::k_unit_words * kTiles <= first_tile) continue;
     if (unit * S::K::k_unit_words * kTiles >= last_tile) continue;
-    const auto words = units(lane, unit, block);
+    const auto even = units(lane, unit, first_block);
+    const auto odd = units(lane, unit, first_block + 1);
 #pragma unroll
     for (int word = 0; word < S::K::k_unit_words; ++word) {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const int k = (unit * S::K::k_unit_words + word) * kTiles + tile;
         if (k < first_tile || k >= last_tile) continue;
-        const FragmentA tSrK = k_fragment<S::page.k_bits>(words.word[word], tile);
+        const FragmentA a0 = k_fragment<S::page.k_bits>(even.word[word], tile);
+        const FragmentA a1 = k_fragment<S::page.k_bits>(odd.word[word], tile);
 #pragma unroll
-        for (int n = 0; n < S::n_tiles; ++n) mma(acc(_, n), tSrK, scaled(_, n, k));
+        for (int n = 0; n < S::n_tiles; ++n) {
+          mma(acc(_, n, first_block), a0, scaled(_, n, k));
+          mma(acc(_, n, first_block + 1), a1, scaled(_, n, k));
+        }
       }
     }
   }
 }
 
 // Per-channel K: a chunk is one group, part of one, or two of 32 tokens.
-template <class S, class Page>
-__device__ void score_channel_axis(const Page& page, Query<S>& query, bool new_group, int lane,
-                                   ScoreTensor<S, kChunkBlocks>& tSrS, ScoreScale<S>& scale) {
-  const bool halves = page.record().format().k_group == kChunkTokens / 2;
+template <class S, class Groups, class Page>
+__device__ void score_channel_axis(const Page& page, const Groups& groups, Query<S>& query,
+                                   bool new_group, int lane, ScoreTensor<S, kChunkBlocks>& tSrS,
+                                   ScoreScale<S, Groups::kMostChunkGroups>& scale) {
+  constexpr int kLast = Groups::kMostChunkGroups - 1;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (half == 0 ? new_group : halves) {
-      apply_channel_group<S>(query, page.k_group_vectors(half), lane, scale.factor[half],
-                             scale.bias[half]);
+    if (half == 0 ? new_group : groups.chunk_groups() == 2) {
+      const int group = half == 0 ? 0 : kLast;
+      apply_channel_group<S>(query, page.k_group_vectors(half), lane, scale.factor[group],
+                             scale.bias[group]);
       if (half == 0) {
-        scale.factor[1] = scale.factor[0];
-        scale.bias[1] = scale.bias[0];
+        scale.factor[kLast] = scale.factor[0];
+        scale.bias[kLast] = scale.bias[0];
       }
     }
-#pragma unroll
-    for (int block = 2 * half; block < 2 * half + 2; ++block) {
-      score_block<S>(page.k_units(0), block, lane, query.scaled, 0, S::tiles, tSrS(_, _, block));
-    }
+    score_blocks<S>(page.k_units(0), 2 * half, lane, query.scaled, 0, S::tiles, tSrS);
   }
 }
 
 // Per-token K: scale and zero act on the rows; groups of channels have accumulators of their own.
 // `sums` (group of 32 channels): the column sums of q over the channels of each 32.
-template <class S, class Page>
-__device__ void score_token_axis(const Page& page, const Query<S>& query,
+template <class S, class Groups, class Page>
+__device__ void score_token_axis(const Page& page, const Groups& groups, const Query<S>& query,
                                  const ColumnTensor<S> (&sums)[S::tiles / 2], int lane,
                                  ScoreTensor<S, kChunkBlocks>& tSrS) {
-  const int k_group = page.record().format().k_group;
   auto partial = cute::make_tensor_like(tSrS);
   auto zero_weight = cute::make_tensor_like(query.scale);
   cute::clear(partial);
@@ -96,14 +104,13 @@ __device__ void score_token_axis(const Page& page, const Query<S>& query,
 #pragma unroll
   for (int span = 0; span < S::tiles / 2; ++span) {
 #pragma unroll
-    for (int block = 0; block < kChunkBlocks; ++block) {
-      score_block<S>(page.k_units(0), block, lane, query.scaled, 2 * span, 2 * span + 2,
-                     partial(_, _, block));
+    for (int block = 0; block < kChunkBlocks; block += 2) {
+      score_blocks<S>(page.k_units(0), block, lane, query.scaled, 2 * span, 2 * span + 2, partial);
     }
 #pragma unroll
     for (int i = 0; i < cute::size(zero_weight); ++i) zero_weight(i) += sums[span](i);
-    if (!begins_group(32 * span + 32, k_group)) continue;
-    const auto vectors = page.k_token_vectors(group_of(32 * span, k_group));
+    if (!begins_group(32 * span + 32, groups.k_token_group())) continue;
+    const auto vectors = page.k_token_vectors(group_of(32 * span, groups.k_token_group()));
     const RowValues scales{vectors(lane / 4, 0)}, zeros{vectors(lane / 4, 1)};
 #pragma unroll
     for (int block = 0; block < kChunkBlocks; ++block) {
@@ -124,18 +131,19 @@ __device__ void score_token_axis(const Page& page, const Query<S>& query,
 }
 
 // Norms multiply the finished score; the map becomes the identity.
-template <class S, class Page>
+template <class S, class Page, class Scale>
 __device__ void apply_norms(const Page& page, int lane, ScoreTensor<S, kChunkBlocks>& tSrS,
-                            const ScoreScale<S>& scale) {
+                            const Scale& scale) {
   const RowValues norms{page.norm_vectors()(lane / 4)};
 #pragma unroll
   for (int block = 0; block < kChunkBlocks; ++block) {
+    const int group = Scale::at(block);
 #pragma unroll
     for (int n = 0; n < S::n_tiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& s = tSrS(e, n, block);
-        s = (s * scale.factor[block / 2](e % 2, n) + scale.bias[block / 2](e % 2, n)) *
+        s = (s * scale.factor[group](e % 2, n) + scale.bias[group](e % 2, n)) *
             norms(2 * block + e / 2);
       }
     }

@@ -63,15 +63,30 @@ struct PairValues {
       pair[i] = __byte_perm(a[i / 2], b[i / 2], i % 2 == 0 ? 0x5410 : 0x7632);
     }
   }
+
+  // Tokens before `begin` become 0, whatever they were.
+  __device__ void mask(int begin, int t) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int token = 8 * i + 2 * t;
+      pair[i] &= (token >= begin ? 0x0000ffffu : 0u) | (token + 1 >= begin ? 0xffff0000u : 0u);
+    }
+  }
 };
 
-// An exponent e with every V scale of the chunk at most 2^e, in [-14, 16].
-template <class S, class Page>
-__device__ float scale_exponent(const Page& page, int lane) {
+// An exponent e with every V scale of the chunk's tokens from `begin` on at most 2^e, in [-14, 16].
+template <class S, class Groups, class Page>
+__device__ float scale_exponent(const Page& page, const Groups& groups, int begin, int lane) {
   __half2 largest = __float2half2_rn(0.f);
-  const int v_group = page.record().format().v_group;
-  for (int group = 0; group * v_group < S::head_dim; ++group) {
-    const uint4 row = page.v_token_vectors(group)(lane / 4, 0);
+  for (int group = 0; group * groups.v_group() < S::head_dim; ++group) {
+    uint4 row = page.v_token_vectors(group)(lane / 4, 0);  // tokens 8i + g, i = 0..7
+    if (begin > 0) {
+      const auto keep = [&](int i) {
+        return (8 * i + lane / 4 >= begin ? 0x0000ffffu : 0u) |
+               (8 * i + 8 + lane / 4 >= begin ? 0xffff0000u : 0u);
+      };
+      row = {row.x & keep(0), row.y & keep(2), row.z & keep(4), row.w & keep(6)};
+    }
     largest = __hmax2(__hmax2(largest, __hmax2(as_half2(row.x), as_half2(row.y))),
                       __hmax2(as_half2(row.z), as_half2(row.w)));
   }
@@ -81,23 +96,50 @@ __device__ float scale_exponent(const Page& page, int lane) {
   return static_cast<float>(min(static_cast<int>(top >> 10) - 14, 16));
 }
 
-// `shift` = -min(0, e): weights carry 2^-shift, scales make up for it.
+// O^T (a part of the channels) += codes times weights.
 template <class S, class Page>
-__device__ void add_values(const Page& page, const WeightTensor<S, kChunkBlocks>& tOrP, float shift,
+__device__ void add_part(const Page& page, int part, const WeightTensor<S, kChunkBlocks>& weights,
+                         int lane, Output<S>& output) {
+#pragma unroll
+  for (int unit = 0; unit < S::V::v_units; ++unit) {
+    const auto words = page.v_units(0)(lane, unit, part);
+#pragma unroll
+    for (int i = 0; i < S::V::v_unit_words; ++i) {
+      const int word = unit * S::V::v_unit_words + i;
+      const int block = word / S::V::v_part_words;
+      const int column = part * S::V::v_part_words + word % S::V::v_part_words;
+#pragma unroll
+      for (int tile = 0; tile < S::V::tiles_per_word; ++tile) {
+        const FragmentA tOrV = v_fragment<S::page.v_bits>(words.word[i], tile);
+#pragma unroll
+        for (int n = 0; n < S::n_tiles; ++n) {
+          mma(output.tOrO(_, n, column * S::V::tiles_per_word + tile), tOrV, weights(_, n, block));
+        }
+      }
+    }
+  }
+}
+
+// Weights carry 2^-shift, scales make up for it. Tokens before `begin` count for nothing.
+template <class S, class Groups, class Page>
+__device__ void add_values(const Page& page, const Groups& groups,
+                           const WeightTensor<S, kChunkBlocks>& tOrP, float shift, int begin,
                            int lane, Output<S>& output) {
-  constexpr int kBits = S::page.v_bits;
   constexpr int kPartChannels = S::head_dim / S::V::v_parts;
-  const int v_group = page.record().format().v_group;
   const int t = lane % 4;
   const float unshift = __int_as_float((static_cast<int>(shift) + 127) << 23);
   const std::uint32_t unshift_pair = as_bits(__float2half2_rn(unshift));
   auto scaled = cute::make_tensor_like(tOrP);
 #pragma unroll
   for (int part = 0; part < S::V::v_parts; ++part) {
-    if (begins_group(part * kPartChannels, v_group)) {
-      const auto vectors = page.v_token_vectors(group_of(part * kPartChannels, v_group));
-      const PairValues scales(vectors(2 * t, 0), vectors(2 * t + 1, 0));
-      const PairValues zeros(vectors(2 * t, 1), vectors(2 * t + 1, 1));
+    if (begins_group(part * kPartChannels, groups.v_group())) {
+      const auto vectors = page.v_token_vectors(group_of(part * kPartChannels, groups.v_group()));
+      PairValues scales(vectors(2 * t, 0), vectors(2 * t + 1, 0));
+      PairValues zeros(vectors(2 * t, 1), vectors(2 * t + 1, 1));
+      if (begin > 0) {  // a weight of 0 doesn't undo a NaN
+        scales.mask(begin, t);
+        zeros.mask(begin, t);
+      }
 #pragma unroll
       for (int n = 0; n < S::n_tiles; ++n) {
         auto sum = cute::make_tensor<float>(cute::Shape<_4>{});
@@ -116,24 +158,7 @@ __device__ void add_values(const Page& page, const WeightTensor<S, kChunkBlocks>
         for (int e = 0; e < 2; ++e) output.zero_sum[part](e, n) += sum(e) * unshift;
       }
     }
-#pragma unroll
-    for (int unit = 0; unit < S::V::v_units; ++unit) {
-      const auto words = page.v_units(0)(lane, unit, part);
-#pragma unroll
-      for (int i = 0; i < S::V::v_unit_words; ++i) {
-        const int word = unit * S::V::v_unit_words + i;
-        const int block = word / S::V::v_part_words;
-        const int column = part * S::V::v_part_words + word % S::V::v_part_words;
-#pragma unroll
-        for (int tile = 0; tile < S::V::tiles_per_word; ++tile) {
-          const FragmentA tOrV = v_fragment<kBits>(words.word[i], tile);
-#pragma unroll
-          for (int n = 0; n < S::n_tiles; ++n) {
-            mma(output.tOrO(_, n, column * S::V::tiles_per_word + tile), tOrV, scaled(_, n, block));
-          }
-        }
-      }
-    }
+    add_part<S>(page, part, scaled, lane, output);
   }
 }
 

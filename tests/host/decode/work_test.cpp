@@ -17,18 +17,23 @@ struct Segment {
   int begin;  // unit of the batch
 };
 
+ItemShape draw_shape(int page, std::mt19937& random) {
+  const int packed_tokens = random() % 2 ? page : kChunkTokens;
+  return {packed_tokens, static_cast<int>(random() % 2), static_cast<int>(random() % 2)};
+}
+
 // Segments of a ragged batch, one after the other, and their units together.
 std::vector<Segment> draw_segments(std::mt19937& random, int* total) {
   const int page = random() % 2 ? 64 : 128, keep_first = static_cast<int>(random() % 65);
-  const int keep_last = static_cast<int>(random() % 200),
-            zone_log2 = static_cast<int>(random() % 2);
+  const int keep_last = static_cast<int>(random() % 200);
+  const ItemShape shape = draw_shape(page, random);
   std::vector<Segment> segments;
   *total = 0;
   for (int b = 0, batch = 1 + static_cast<int>(random() % 40); b < batch; ++b) {
     const int longest = random() % 4 == 0 ? 2 : 5000;
     const int length = static_cast<int>(random() % static_cast<unsigned>(longest));
     const int packed = packed_tokens(length, keep_last, page, 0);
-    const SegmentItems items = segment_items(length, packed, keep_first, zone_log2);
+    const SegmentItems items = segment_items(length, packed, keep_first, shape);
     segments.push_back({items, *total});
     *total += items.weight();
   }
@@ -44,11 +49,13 @@ TEST_CASE("items cover the attended tokens and nothing else") {
     const int keep_first = static_cast<int>(random() % 65),
               keep_last = static_cast<int>(random() % 150);
     const int packed = packed_tokens(length, keep_last, page, 0);
-    const SegmentItems s = segment_items(length, packed, keep_first, 0);
+    const ItemShape shape = draw_shape(page, random);
+    const int tokens = shape.packed_tokens;
+    const SegmentItems s = segment_items(length, packed, keep_first, shape);
     CHECK(s.first == std::min(keep_first, packed));
-    CHECK((s.first_chunk + s.chunks) * kChunkTokens == packed);
-    CHECK(s.first_chunk * kChunkTokens <= s.first);
-    CHECK((s.chunks == 0 || (s.first_chunk + 1) * kChunkTokens > s.first));  // none wholly masked
+    CHECK((s.first_item + s.packed_items) * tokens == packed);
+    CHECK(s.first_item * tokens <= s.first);
+    CHECK((s.packed_items == 0 || (s.first_item + 1) * tokens > s.first));  // none wholly masked
     CHECK(s.first_tiles * kZoneTokens >= s.first);
     CHECK(s.tail_tiles * kZoneTokens >= length - packed);
     CHECK((s.items() == 0) == (length == 0));
