@@ -9,6 +9,10 @@ off by more than WORST of its row's root mean square; no lse by more than LSE. T
   d = 2^-11 * sum |q * scale * code| * |softmax_scale|. Weights w then change by factors between
   exp(-d) and exp(d), and since sum w (v - out) = 0, an output moves by at most
   sum w (exp(d) - 1) |v - out| / sum w exp(-d); lse moves by at most log sum w exp(d).
+- what tensor cores do to any long sum: an MMA aligns its 16 products and the sum so far to the
+  largest and cuts each off at 2^-24 of it, so head_dim / 16 of them take at most
+  17 * 2^-24 * head_dim / 16 of sum |q * scale * code| (or of sum |q k| where that is more) from a
+  score, with the effect above. It shows where outliers make terms far larger than their sum.
 - what the output's type does: below fp16's normal numbers half of its spacing, 2^-25; in one
   element half a unit in the last place of a bf16, 2^-8 of it, which alone can exceed WORST.
 - only where a test asks for it (`cancels`), what rounding P' = P * scale can do where a group of V
@@ -33,6 +37,8 @@ LSE = 1e-3
 ELEMENT_ROUNDING = {"float16": 0.0, "bfloat16": 2.0**-8}
 SPACING = {"float16": 2.0**-25, "bfloat16": 0.0}
 ROUNDING = 2.0**-11  # of one value to fp16
+MMA_CHANNELS = 16
+MMA_CUT = (MMA_CHANNELS + 1) * 2.0**-24  # of one MMA
 
 
 @dataclass
@@ -82,12 +88,12 @@ def _attention(
     lse = (np.log(total) + top)[..., 0]
     weights /= total
     out = weights @ v
+    products = tokens.k_products.transpose(1, 2, 0)  # (H, D, L)
+    terms = np.maximum(products, np.abs(k).swapaxes(1, 2))
+    error = MMA_CUT * channels / MMA_CHANNELS * (np.abs(columns) @ terms)
     if rounded:
-        products = tokens.k_products.transpose(1, 2, 0)  # (H, D, L)
-        error = ROUNDING * abs(softmax_scale) * (np.abs(columns) @ products)
-        out_bound, lse_bound = _bounds(weights, error, v, out)
-    else:
-        out_bound, lse_bound = 0 * out, 0 * lse
+        error += ROUNDING * (np.abs(columns) @ products)
+    out_bound, lse_bound = _bounds(weights, abs(softmax_scale) * error, v, out)
     if cancels:
         products = tokens.v_products.transpose(1, 0, 2)  # (H, L, D)
         out_bound = out_bound + ROUNDING * np.sqrt(weights**2 @ products**2)

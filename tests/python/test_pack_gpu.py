@@ -249,10 +249,6 @@ def test_a_cache_on_cuda(torch: Any, cuda_cache: PagedKvCache, rng: np.random.Ge
     cache.reset()
 
     k = torch.zeros((2, 1, H, f.head_dim), dtype=torch.float16, device="cuda")
-    for operation in ("append", "decode", "check"):
-        arguments = {"append": (k, k), "decode": (k,), "check": ()}[operation]
-        with pytest.raises(NotImplementedError, match=f"{operation}: .*no CUDA kernel.*cuda:0"):
-            getattr(cache, operation)(*arguments)
     with pytest.raises(ValueError, match=r"k: device = cpu; allowed: cuda:0"):
         cache.append(k.cpu(), k.cpu())
     with pytest.raises(ValueError, match=r"q: device = cuda:0; allowed: cpu"):
