@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Umbrella of the public interface: formats, cache views, problems and the compiled operations.
-// It needs neither CUDA nor CuTe headers; kernel authors include layout/ and quantize/*.cuh too.
+// It needs neither CUDA nor CuTe headers; kernel authors include layout/, *_launch.cuh and
+// decode/launch.cuh too.
 #pragma once
 
 #include "bitdecoding/cache/paged_kv_cache.hpp"     // IWYU pragma: export

@@ -129,7 +129,8 @@ class PagedKvCache:
         ----------
         pool : uint8 (num_pages, num_kv_heads, page_bytes), 16-byte aligned
         side : float16 (num_slots, num_kv_heads, 2, keep_first + tail_tokens, head_dim), 16-byte
-            aligned; K, V; tail_tokens is keep_last + page_tokens, rounded up to 16, or more
+            aligned; K, V; tail_tokens is keep_last + page_tokens, rounded up to 16, or more (on
+            CUDA: a multiple of 16)
         block_table : int32 (batch, max_pages), page ids
         slots : int32 (batch,), rows of side
         lengths : int32 (batch,), tokens of each sequence
