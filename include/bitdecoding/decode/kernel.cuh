@@ -80,8 +80,7 @@ class DecodeCta {
     return smem_ + warp * a_.stages * a_.stage_bytes;
   }
   // A warp's last partial lies where its last item was.
-  __device__ Partial<S>* last_partial(int warp) const {
-    const int stage = cta_storage_.tags[warp][1].stage;
+  __device__ Partial<S>* last_partial(int warp, int stage) const {
     return reinterpret_cast<Partial<S>*>(ring_bytes(warp) + stage * a_.stage_bytes);
   }
 
@@ -156,38 +155,51 @@ class DecodeCta {
     }
   }
 
-  // The CTA's partials of one segment: entries 2 * warp + which, a bit each, in unit order.
-  struct WarpPartials {
-    static constexpr int kBatch = 8;
+  // The partials of one segment in this CTA, in unit order: entries 2 * warp + which, a bit each,
+  // and the pointer of entry i in lane i.
+  class WarpPartials {
+   public:
+    static constexpr int kBatch = 12;
 
-    const DecodeCta& cta;
-    unsigned entries;
-
-    __device__ int first() const { return __ffs(static_cast<int>(entries)) - 1; }
-    __device__ int count() const { return 32 - __clz(static_cast<int>(entries)) - first(); }
-    __device__ const Partial<S>* at(int i) const {
-      const int entry = first() + i;
-      if (i >= count() || (entries >> entry & 1u) == 0) return nullptr;
-      return entry % 2 == 0 ? cta.inner_partial(entry / 2) : cta.last_partial(entry / 2);
+    __device__ WarpPartials(unsigned entries, const Partial<S>* mine)
+        : rest_(entries), mine_(reinterpret_cast<std::uintptr_t>(mine)) {}
+    __device__ int count() const { return __popc(rest_); }
+    // The next one; the last one again and again.
+    __device__ const Partial<S>& next() {
+      const int entry = __ffs(static_cast<int>(rest_)) - 1;
+      if ((rest_ & (rest_ - 1)) != 0) rest_ &= rest_ - 1;
+      return *reinterpret_cast<const Partial<S>*>(__shfl_sync(0xffffffffu, mine_, entry));
     }
+
+   private:
+    unsigned rest_;
+    std::uintptr_t mine_;
   };
-  // The partials of one segment among all CTAs: the first one's last, the others' first.
-  struct CtaPartials {
-    static constexpr int kBatch = 16;
+  // The partials of one segment in all CTAs, in unit order: the first one's last, the others' first.
+  class CtaPartials {
+   public:
+    static constexpr int kBatch = 20;
 
-    const DecodeCta& cta;
-    int first, partials;
-
-    __device__ int count() const { return partials; }
-    __device__ const Partial<S>* at(int i) const {
-      return i < partials ? cta.cta_partial(first + i, i == 0) : nullptr;
+    __device__ CtaPartials(const DecodeCta& cta, int first, int count)
+        : cta_(cta), first_(first), count_(count) {}
+    __device__ int count() const { return count_; }
+    __device__ const Partial<S>& next() {
+      const int i = next_;
+      next_ = min(next_ + 1, count_ - 1);
+      return *cta_.cta_partial(first_ + i, i == 0);
     }
+
+   private:
+    const DecodeCta& cta_;
+    int first_, count_;
+    int next_ = 0;
   };
 
   // A segment that has partials in this CTA, and which.
   struct CtaSegment {
     PartialTag tag;
-    unsigned entries = 0;  // of WarpPartials; 0: no segment
+    unsigned entries = 0;              // of WarpPartials; 0: no segment
+    const Partial<S>* mine = nullptr;  // the lane's
   };
 
   // Lane i of every warp holds entry i; runs of entries of one segment are merged together. Columns
@@ -195,6 +207,8 @@ class DecodeCta {
   __device__ void merge_warps() {
     PartialTag mine;
     if (lane_ < 2 * a_.warps) mine = cta_storage_.tags[lane_ / 2][lane_ % 2];
+    const Partial<S>* partial =
+        lane_ % 2 == 0 ? inner_partial(lane_ / 2) : last_partial(lane_ / 2, mine.stage);
     const unsigned held = __ballot_sync(0xffffffffu, mine.sequence >= 0);
     const unsigned before = held & ((1u << lane_) - 1u);
     const int previous = before == 0 ? lane_ : 31 - __clz(static_cast<int>(before));
@@ -212,7 +226,8 @@ class DecodeCta {
                                 __shfl_sync(0xffffffffu, mine.head, begin),
                                 __shfl_sync(0xffffffffu, mine.segment_begin, begin),
                                 __shfl_sync(0xffffffffu, mine.segment_last, begin)},
-                               held & below_next & ~((1u << begin) - 1u)};
+                               held & below_next & ~((1u << begin) - 1u),
+                               partial};
       const bool began = segment.tag.segment_begin >= share.begin;
       const bool ends = segment.tag.segment_last < share.end;
       if (began && ends) {
@@ -234,7 +249,7 @@ class DecodeCta {
   __device__ void merge_inside(const CtaSegment& segment, int& turn) {
     for (int column = 0; column < columns_of(segment.tag.head); ++column) {
       if (!is_my_turn(turn)) continue;
-      merge_column<S>(WarpPartials{*this, segment.entries}, column,
+      merge_column<S>(WarpPartials(segment.entries, segment.mine), column,
                       [&](int channel, float4 o, float maximum, float sum) {
                         store_merged(segment.tag, column, channel, o, maximum, sum);
                       });
@@ -245,7 +260,7 @@ class DecodeCta {
     Partial<S>& mine = *cta_partial(blockIdx.x, began);
     for (int column = 0; column < columns_of(segment.tag.head); ++column) {
       if (!is_my_turn(turn)) continue;
-      merge_column<S>(WarpPartials{*this, segment.entries}, column,
+      merge_column<S>(WarpPartials(segment.entries, segment.mine), column,
                       [&](int channel, float4 o, float maximum, float sum) {
                         *reinterpret_cast<float4*>(&mine.o[column][channel]) = o;
                         if (channel == 0) {
@@ -259,21 +274,23 @@ class DecodeCta {
   // The last of a segment's CTAs merges the partials of all, in order. crossing[0] began in an
   // earlier CTA, crossing[1] in this one.
   __device__ void finish_crossing(const CtaSegment (&crossing)[2]) {
+    const bool counts = warp_ == a_.warps - 1 && lane_ < 2;  // a warp that often has no column
+    const CtaSegment& mine = crossing[lane_ % 2];
+    const int first = counts ? shares_.at(mine.tag.segment_begin) : 0;
+    const int last = counts ? shares_.at(mine.tag.segment_last) : 0;
     __syncthreads();
-    if (threadIdx.x < 2) {
-      const PartialTag& tag = crossing[threadIdx.x].tag;
+    if (counts) {
       int partials = 0;  // 0: not the last CTA
-      if (crossing[threadIdx.x].entries != 0) {
-        const int first = shares_.at(tag.segment_begin), last = shares_.at(tag.segment_last);
+      if (mine.entries != 0) {
         __threadfence();  // the whole CTA's partial: fences are cumulative over the barrier
         if (atomicAdd(&a_.counters[first], 1) == last - first) {
           a_.counters[first] = 0;
           partials = last - first + 1;
           __threadfence();
         }
-        cta_storage_.finish_first[threadIdx.x] = first;
       }
-      cta_storage_.finish_partials[threadIdx.x] = partials;
+      cta_storage_.finish_first[lane_] = first;
+      cta_storage_.finish_partials[lane_] = partials;
     }
     __syncthreads();
     int turn = 0;
@@ -281,7 +298,7 @@ class DecodeCta {
       const int partials = cta_storage_.finish_partials[i];
       if (partials == 0) continue;
       const PartialTag& tag = crossing[i].tag;
-      const CtaPartials all{*this, cta_storage_.finish_first[i], partials};
+      const CtaPartials all(*this, cta_storage_.finish_first[i], partials);
       for (int column = 0; column < columns_of(tag.head); ++column) {
         if (!is_my_turn(turn)) continue;
         merge_column<S>(all, column, [&](int channel, float4 o, float maximum, float sum) {
@@ -322,10 +339,22 @@ class DecodeCta {
   Shares shares_;  // of the CTAs
 };
 
-// Queries and block table on their way to the L2 cache while the lengths are still being read.
-__device__ inline void prefetch_inputs(const DecodeProblem& p) {
+// Starts what would otherwise be waited for one after the other while the lengths are being read:
+// queries and block table come to the L2 cache, and the SM learns the addresses of all arrays.
+__device__ inline void prefetch_inputs(const DecodeArguments& a) {
   constexpr int kLine = 128;
+  const DecodeProblem& p = a.problem;
   const PagedKvCache& c = p.cache;
+  switch (threadIdx.x) {
+    case 0: arch::prefetch_l2(p.q); break;
+    case 1: arch::prefetch_l2(c.block_table); break;
+    case 2: arch::prefetch_l2(c.side); break;
+    case 3: arch::prefetch_l2(c.pool); break;
+    case 4: arch::prefetch_l2(a.workspace); break;
+    case 5: arch::prefetch_l2(a.counters); break;
+    case 6: arch::prefetch_l2(p.out); break;
+    default: break;
+  }
   const std::int64_t thread = blockIdx.x * blockDim.x + threadIdx.x;
   const std::int64_t table_bytes = std::int64_t{4} * c.batch * c.max_pages;
   if (thread * kLine < table_bytes) {
@@ -343,7 +372,7 @@ template <class Row>
 __global__ void __launch_bounds__(kMaxWarps<Row::config> * 32, 1)
     decode_attention(const __grid_constant__ DecodeArguments arguments) {
   extern __shared__ __align__(128) std::uint8_t smem[];
-  prefetch_inputs(arguments.problem);
+  prefetch_inputs(arguments);
   DecodeCta<Row::config>(arguments, smem).run();
 }
 

@@ -95,12 +95,12 @@ __device__ void copy_partial(const Partial<S>& from, Partial<S>& to, int lane) {
   }
 }
 
-// Merges a column of partials.at(0 .. partials.count() - 1), nullptr for none, in this order, by one
+// Merges a column of the partials.count() partials that partials.next() gives, in this order, by one
 // warp: four channels per lane, and every lane weighs all partials, since shuffles take longer. All
-// loads of a batch are under way before the first is used.
+// loads of a batch are under way before the first is used, and nothing branches.
 // store(channel, o, m, l): o, l relative to m.
 template <class S, class Partials, class Store>
-__device__ void merge_column(const Partials& partials, int column, const Store& store) {
+__device__ void merge_column(Partials partials, int column, const Store& store) {
   constexpr int kBatch = Partials::kBatch;
   const int channel = threadIdx.x % 32 * 4 % S::head_dim;
   const int count = partials.count();
@@ -111,11 +111,14 @@ __device__ void merge_column(const Partials& partials, int column, const Store& 
     float top[kBatch], weighed[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const Partial<S>* part = partials.at(first + i);
-      top[i] = part == nullptr ? kMaximumFloor : part->maximum[column];
-      weighed[i] = part == nullptr ? 0.f : part->sum[column];
-      more[i] = part == nullptr ? float4{0.f, 0.f, 0.f, 0.f}
-                                : *reinterpret_cast<const float4*>(&part->o[column][channel]);
+      const Partial<S>& part = partials.next();
+      top[i] = part.maximum[column];
+      weighed[i] = part.sum[column];
+      more[i] = *reinterpret_cast<const float4*>(&part.o[column][channel]);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {  // those behind the last are the last again
+      if (first + i >= count) top[i] = -INFINITY;
     }
     float raised = maximum;
 #pragma unroll
