@@ -37,4 +37,20 @@ constexpr Fault find_fault(const PagedKvCache& c, const SequenceState& s) {
   return {};
 }
 
+// Whether find_fault finds one, in a few operations without branches: what kernels ask first. An
+// unsigned comparison catches what is negative, too.
+constexpr bool has_fault(const PagedKvCache& c, const SequenceState& s) {
+  const auto is_above = [](std::uint32_t value, int limit) {
+    return value > static_cast<std::uint32_t>(limit);
+  };
+  const auto length = static_cast<std::uint32_t>(s.length);
+  const auto packed = static_cast<std::uint32_t>(s.packed);
+  const std::uint32_t pages = packed >> (c.format.page_tokens == 64 ? 6 : 7);
+  const int bad_slot =
+      static_cast<std::uint32_t>(s.slot) >= static_cast<std::uint32_t>(c.num_slots);
+  const int bad_packed =
+      is_above(pages, c.max_pages) | ((s.packed & (c.format.page_tokens - 1)) != 0);
+  return (bad_slot | bad_packed | is_above(length - packed, c.tail_tokens)) != 0;
+}
+
 }  // namespace bitdecoding

@@ -45,7 +45,7 @@ __device__ inline Fault find_decode_fault(const PagedKvCache& c, const SequenceS
 __device__ inline SegmentItems load_segment(const PagedKvCache& c, const ItemShape& shape,
                                             int sequence) {
   const SequenceState state = load_state(c, sequence);
-  if (find_decode_fault(c, state)) return {};
+  if (has_fault(c, state) || (state.packed > 0 && c.num_pages == 0)) return {};
   return segment_items(state.length, state.packed, c.keep_first, shape);
 }
 

@@ -15,11 +15,28 @@ namespace bitdecoding::decode {
 // Shared memory a CTA may use: 99 KB everywhere from 8.0 to 8.9, 227 KB on 9.0.
 constexpr int shared_limit_bytes(Arch arch) { return (arch == Arch::sm90 ? 227 : 99) * 1024; }
 
-// As many warps and stages as shared memory has room for: two stages or more, one with 4 warps.
+// Of any format that a kernel serves: the smallest groups, and norms.
+constexpr int largest_stage_bytes(const layout::PageConfig& page) {
+  const KvFormat largest{.k_bits = page.k_bits,
+                         .v_bits = page.v_bits,
+                         .k_axis = page.k_axis,
+                         .k_group = 32,
+                         .v_group = 32,
+                         .head_dim = page.head_dim,
+                         .token_norm = true};
+  return layout::round_up(
+      std::max(layout::PageRecord(largest).chunk(1), zone_tile_bytes(page.head_dim)), 128);
+}
+
+// As many warps and stages as shared memory has room for: two stages or more.
 template <class Row>
 void fit_rings(int packed_bytes, DecodePlan* plan) {
   constexpr DecodeConfig config = Row::config;
   static_assert(zone_tile_bytes(config.page.head_dim) >= int{sizeof(Partial<Shape<config>>)});
+  static_assert(4 * 2 * largest_stage_bytes(config.page) + int{sizeof(CtaStorage)} +
+                        4 * int{sizeof(WarpStorage)} <=
+                    shared_limit_bytes(config.arch),
+                "4 warps have two stages in every format");
   plan->stage_bytes =
       layout::round_up(std::max(packed_bytes, zone_tile_bytes(config.page.head_dim)), 128);
   const int limit = shared_limit_bytes(config.arch);
@@ -27,7 +44,7 @@ void fit_rings(int packed_bytes, DecodePlan* plan) {
     const int fixed = static_cast<int>(sizeof(CtaStorage) + plan->warps * sizeof(WarpStorage));
     plan->stages = std::min(kMostStages, (limit - fixed) / (plan->warps * plan->stage_bytes));
     plan->smem_bytes = plan->warps * plan->stages * plan->stage_bytes + fixed;
-    if (plan->stages >= 2 || plan->warps == 4) break;
+    if (plan->stages >= 2 || plan->warps == 4) break;  // chunks always fit with 4 warps
   }
 }
 

@@ -38,6 +38,7 @@ TEST_CASE("the same verdict and the same culprit as check_state") {
           CAPTURE(slot);
           CAPTURE(text);
           REQUIRE(static_cast<bool>(fault) == !text.empty());
+          REQUIRE(has_fault(box.cache, {length, packed, slot}) == !text.empty());
           REQUIRE(text.starts_with(culprit));
           ++(fault ? unsound : sound);
         }
