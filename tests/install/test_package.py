@@ -186,7 +186,7 @@ def test_python_tests_pass_on_the_wheel(environment: Environment, tmp_path: Path
         "-r",
         requirements,
     )
-    for name in ("tests/python", "docs"):
+    for name in ("tests/python", "docs", "benchmarks"):
         shutil.copytree(SOURCE / name, tmp_path / name)
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(SOURCE / name, tmp_path)

@@ -12,7 +12,10 @@ off by more than WORST of its row's root mean square; no lse by more than LSE. T
 - what tensor cores do to any long sum: an MMA aligns its 16 products and the sum so far to the
   largest and cuts each off at 2^-24 of it, so head_dim / 16 of them take at most
   17 * 2^-24 * head_dim / 16 of sum |q * scale * code| (or of sum |q k| where that is more) from a
-  score, with the effect above. It shows where outliers make terms far larger than their sum.
+  score, with the effect above. Where K has scales per token, and the bound above is none, there is
+  more to it: codes are fp16 subnormals, which align by the exponent of 2^-14, so that a product
+  counts as max |q| * scale * 2^10 however small the code is. (Seen on an H200 with outliers of 300
+  in q: 2-bit K is off by more than 4-bit K, up to 4e-3 in an lse of 200.)
 - what the output's type does: below fp16's normal numbers half of its spacing, 2^-25; in one
   element half a unit in the last place of a bf16, 2^-8 of it, which alone can exceed WORST.
 - only where a test asks for it (`cancels`), what rounding P' = P * scale can do where a group of V
@@ -39,6 +42,7 @@ SPACING = {"float16": 2.0**-25, "bfloat16": 0.0}
 ROUNDING = 2.0**-11  # of one value to fp16
 MMA_CHANNELS = 16
 MMA_CUT = (MMA_CHANNELS + 1) * 2.0**-24  # of one MMA
+SUBNORMAL_ALIGNMENT = 2.0**10  # of the code 1: 2^-14 / 2^-24
 
 
 @dataclass
@@ -57,19 +61,20 @@ def expect(
     softmax_scale: float,
     *,
     rounded: bool,
+    k_bits: int,
     cancels: bool = False,
 ) -> Expected:
     """q (B, Sq, Hq, D); `rounded`: the format has K scales per channel."""
     with np.errstate(invalid="ignore", over="ignore"):
         results = [
-            _attention(row.astype(float), tokens, softmax_scale, rounded, cancels)
+            _attention(row.astype(float), tokens, softmax_scale, rounded, k_bits, cancels)
             for row, tokens in zip(q, sequences, strict=True)
         ]
     return Expected(*(np.stack(parts) for parts in zip(*results, strict=True)))
 
 
 def _attention(
-    q: Doubles, tokens: Attended, softmax_scale: float, rounded: bool, cancels: bool
+    q: Doubles, tokens: Attended, softmax_scale: float, rounded: bool, k_bits: int, cancels: bool
 ) -> tuple[Doubles, Doubles, Doubles, Doubles]:
     queries, heads, channels = q.shape
     length, kv_heads, _ = tokens.k.shape
@@ -93,6 +98,10 @@ def _attention(
     error = MMA_CUT * channels / MMA_CHANNELS * (np.abs(columns) @ terms)
     if rounded:
         error += ROUNDING * (np.abs(columns) @ products)
+    else:
+        scales = products.max(axis=1, keepdims=True) / (2**k_bits - 1)  # (H, 1, L), at least
+        largest = np.abs(columns).max(axis=2, keepdims=True) * scales * SUBNORMAL_ALIGNMENT
+        error += MMA_CUT * channels / MMA_CHANNELS * largest
     out_bound, lse_bound = _bounds(weights, abs(softmax_scale) * error, v, out)
     if cancels:
         products = tokens.v_products.transpose(1, 0, 2)  # (H, L, D)

@@ -38,13 +38,11 @@ class BulkLoader {
   }
 
   // By all lanes in pieces of 16 bytes, since rows go to padded places: a bulk copy per row costs
-  // more instructions.
+  // more instructions. The barrier's phase completes at once; `wait` waits for the pieces.
   template <int HeadDim>
   __device__ void load_zone(int stage, const std::uint8_t* k, const std::uint8_t* v,
                             std::uint8_t* to) {
     copy_zone<HeadDim>(k, v, to, lane_);
-    cutlass::arch::cpasync_barrier_arrive(&barriers_[stage]);  // pending until they have landed
-    __syncwarp();
     if (lane_ == 0) cute::arrive_barrier(barriers_[stage]);
   }
 
@@ -55,6 +53,7 @@ class BulkLoader {
 
   __device__ void wait(int stage, int phase, int) {
     cute::wait_barrier(barriers_[stage], phase);
+    cute::cp_async_wait<0>();  // every lane its pieces of zones
     __syncwarp();
   }
 
