@@ -5,6 +5,7 @@
 //               last segment of a CTA          counters [CTAs], zero before and after
 #pragma once
 
+#include "bitdecoding/decode/merge.cuh"
 #include "bitdecoding/decode/stream.cuh"
 
 namespace bitdecoding::decode {
