@@ -57,7 +57,6 @@ class Array {
  public:
   Array(nb::handle object, const char* name, Access access);
 
-  const char* name() const { return name_; }
   Device device() const { return device_; }
   bool empty() const { return array_.size() == 0; }
   int extent(int mode) const;  // refuses what doesn't fit an int

@@ -65,9 +65,9 @@ class Workspace:
 
     def error_word(self) -> Array:
         """A new int32 (4,), the caller's own: see `bitdecoding.device_errors`."""
-        return self._zeros(4, "int32")
+        return self._zeros(4, "int32", keep=False)
 
-    def _zeros(self, count: int, dtype: str) -> Array:
+    def _zeros(self, count: int, dtype: str, keep: bool = True) -> Array:
         if not build_info()["kernels"]:
             raise NotImplementedError(
                 f"arrays on {self._device}: this build has no CUDA kernels; allowed: cpu"
@@ -82,7 +82,8 @@ class Workspace:
                 )
             array = torch.zeros(count, dtype=getattr(torch, dtype), device=self._device)
             torch.cuda.current_stream().synchronize()  # calls may come on any stream
-        self._allocated.append(array)
+        if keep:  # graphs may point to it for as long as they live
+            self._allocated.append(array)
         return array
 
     def __repr__(self) -> str:

@@ -129,6 +129,18 @@ def test_the_default_kernel_serves_every_format(torch: Any) -> None:
 
 
 @pytest.mark.gpu
+def test_formats_of_one_kernel_in_turns(torch: Any) -> None:
+    """They need different amounts of shared memory; a plan made once serves all calls."""
+    names = ("k4v4_c128_v128_p128_d128", "k4v4_c32_v32_p128_d128")
+    built = [build(Contents(KvFormat.parse(n), (700, 129), 2), (Queries(4),)) for n in names]
+    caches = [on_device(b.cache, "cuda") for b in built]
+    queries = [b.cases[0].q.cuda() for b in built]
+    rounds = [[c.decode(q) for c, q in zip(caches, queries, strict=True)] for _ in range(2)]
+    for first, second in zip(*rounds, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("f", FORMATS, ids=str)
 def test_bits_repeat_beside_other_work(torch: Any, f: KvFormat) -> None:
     contents = Contents(f, (3000, 129, 0, 700), 2, 16, 64)
@@ -277,6 +289,9 @@ def test_what_the_kernels_cannot_read_is_refused(torch: Any) -> None:
     q = torch.zeros(1, 1, 4, f.head_dim, device="cuda")
     with pytest.raises((TypeError, ValueError), match=r"q.*float32.*float16, bfloat16"):
         cache.decode(q)
+    out = torch.empty(4 * f.head_dim + 1, dtype=torch.float16, device="cuda")
+    with pytest.raises(ValueError, match=r"out address = \d+; allowed.*multiples of 8"):
+        cache.decode(q.half(), out=out[1:].view(q.shape))
     with pytest.raises(NotImplementedError, match=r"no_such_row.*kernels of this build"):
         cache.decode(q.half(), kernel="no_such_row")
     with pytest.raises(NotImplementedError, match=r"k2v2_t_d64_n8.*kernels of this build"):

@@ -80,6 +80,10 @@ inline Status validate(const PagedKvCache& c) {
     return invalid_argument("num_pages, num_slots, max_pages = ", c.num_pages, ", ", c.num_slots,
                             ", ", c.max_pages, "; allowed: 0 or more");
   }
+  if (c.max_pages > INT32_MAX / c.format.page_tokens) {  // lengths are int32
+    return invalid_argument("max_pages = ", c.max_pages, "; allowed: 0 to ",
+                            INT32_MAX / c.format.page_tokens);
+  }
   const int min_tail = min_tail_tokens(c.keep_last, c.format.page_tokens, 1);
   if (c.tail_tokens < min_tail) {
     return invalid_argument("tail_tokens = ", c.tail_tokens, "; allowed: ", min_tail,

@@ -50,7 +50,7 @@ inline Status validate(const DecodeProblem& p) {
 }
 
 // validate(), and what a launch on a CUDA device asks besides: 16-bit queries that are read in
-// pairs, a ring in which no tile of 16 tokens wraps around, and work (64-token chunks and 16-bit
+// pairs, outputs that are written four at a time, a ring in which no tile of 16 tokens wraps around, and work (64-token chunks and 16-bit
 // tiles of all heads) that an int32 can count.
 inline Status validate_for_cuda(const DecodeProblem& p) {
   if (Status status = validate(p); !status.is_ok()) return status;
@@ -67,18 +67,26 @@ inline Status validate_for_cuda(const DecodeProblem& p) {
                               " elements; allowed on a CUDA device: multiples of 2");
     }
   }
+  if (const auto address = reinterpret_cast<std::uintptr_t>(p.out); address % 8 != 0) {
+    return invalid_argument("out address = ", address,
+                            "; allowed on a CUDA device: multiples of 8");
+  }
   const PagedKvCache& c = p.cache;
   if (c.tail_tokens % 16 != 0) {
     return invalid_argument("tail_tokens = ", c.tail_tokens,
                             "; allowed on a CUDA device: multiples of 16");
   }
-  const std::int64_t columns = std::int64_t{p.query_tokens} * p.query_heads;  // of all KV heads
+  // Every 8 query columns of a KV head, or 16, read the cache once.
+  const std::int64_t columns = std::int64_t{p.query_tokens} * (p.query_heads / c.num_kv_heads);
+  const std::int64_t segments = (columns + 7) / 8 * c.num_kv_heads * c.batch;
   const std::int64_t units = std::int64_t{c.max_pages} * c.format.chunks() +
                              (std::int64_t{c.keep_first} + c.tail_tokens) / 4 + 4;
-  if (c.batch * columns > INT32_MAX / units) {
-    return invalid_argument("batch * query_tokens * query_heads = ", c.batch * columns,
-                            "; allowed on a CUDA device with such a cache: 0 to ",
-                            INT32_MAX / units);
+  if (columns > INT32_MAX || segments > INT32_MAX / units) {
+    return invalid_argument("query_tokens * query_heads / num_kv_heads = ", columns,
+                            " with batch * ",
+                            "num_kv_heads = ", std::int64_t{c.batch} * c.num_kv_heads,
+                            "; allowed on a CUDA device with such a cache: a product up to about ",
+                            INT32_MAX / units * 8);
   }
   return {};
 }

@@ -37,7 +37,7 @@ __device__ inline SequenceState load_state(const PagedKvCache& c, int sequence) 
   return {c.lengths[sequence], c.packed[sequence], c.slots[sequence]};
 }
 __device__ inline Fault find_decode_fault(const PagedKvCache& c, const SequenceState& state) {
-  if (state.packed > 0 && c.num_pages == 0) return {DeviceError::page_id, 0, 0};
+  if (state.packed > 0 && c.num_pages == 0) return {DeviceError::packed, state.packed, 0};
   return find_fault(c, state);
 }
 
@@ -106,7 +106,6 @@ class ItemCursor {
     return max(0, min(min(s_.item_end - 1, s_.segment.packed_items), known) - s_.item);
   }
   __device__ void skip(int items) { s_.item += items; }
-  __device__ int pages_begin() const { return s_.pages_begin; }
 
   // The current item, before `advance`.
   __device__ Item item() const {

@@ -64,8 +64,9 @@ cudaError_t plan_decode(const KvFormat& format, DecodePlan* plan) {
     fit_rings<Row>(record.chunk(1), plan);
   }
   const auto kernel = decode_attention<Row>;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan->smem_bytes);
+  // The limit is the function's, which plans of other formats share: it never shrinks.
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           shared_limit_bytes(config.arch));
   if (error != cudaSuccess) return error;
   int sms = 0, per_sm = 0;
   if (error = cudaGetDevice(&plan->device); error != cudaSuccess) return error;

@@ -159,11 +159,12 @@ class Ring {
 
   __device__ void load_zone(const ItemCursor& cursor, const Item& item) {
     const PagedKvCache& c = a_.problem.cache;
-    const auto* k = reinterpret_cast<const std::uint8_t*>(
-        c.side + c.side_offset(c.slots[cursor.sequence()], cursor.kv_head(), 0) +
-        cursor.zone_row() * kHeadDim);
-    const int v_bytes = (c.keep_first + c.tail_tokens) * kHeadDim * 2;
-    loader_.template load_zone<kHeadDim>(load_stage_, k, k + v_bytes,
+    const auto rows = [&](int tensor) {
+      return reinterpret_cast<const std::uint8_t*>(
+          c.side + c.side_offset(c.slots[cursor.sequence()], cursor.kv_head(), tensor) +
+          static_cast<std::int64_t>(cursor.zone_row()) * kHeadDim);
+    };
+    loader_.template load_zone<kHeadDim>(load_stage_, rows(0), rows(1),
                                          stages_ + load_stage_ * a_.stage_bytes);
     loaded(item);
   }

@@ -7,8 +7,6 @@
 
 #include <cuda_runtime.h>
 
-#include <cutlass/fast_math.h>
-
 #include "bitdecoding/cache/device_error.cuh"
 #include "bitdecoding/layout/packed_kv_tensor.hpp"
 #include "bitdecoding/quantize/group_range.cuh"
