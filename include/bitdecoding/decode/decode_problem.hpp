@@ -50,8 +50,8 @@ inline Status validate(const DecodeProblem& p) {
 }
 
 // validate(), and what a launch on a CUDA device asks besides: 16-bit queries that are read in
-// pairs, outputs that are written four at a time, a ring in which no tile of 16 tokens wraps around, and work (64-token chunks and 16-bit
-// tiles of all heads) that an int32 can count.
+// pairs, outputs that are written four at a time, a ring in which no tile of 16 tokens wraps
+// around, and work (64-token chunks and 16-bit tiles of all heads) that an int32 can count.
 inline Status validate_for_cuda(const DecodeProblem& p) {
   if (Status status = validate(p); !status.is_ok()) return status;
   if (p.type == ElementType::f32) {
