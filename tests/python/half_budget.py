@@ -13,9 +13,9 @@ off by more than WORST of its row's root mean square; no lse by more than LSE. T
   largest and cuts each off at 2^-24 of it, so head_dim / 16 of them take at most
   17 * 2^-24 * head_dim / 16 of sum |q * scale * code| (or of sum |q k| where that is more) from a
   score, with the effect above. Where K has scales per token, and the bound above is none, there is
-  more to it: codes are fp16 subnormals, which align by the exponent of 2^-14, so that a product
-  counts as max |q| * scale * 2^10 however small the code is. (Seen on an H200 with outliers of 300
-  in q: 2-bit K is off by more than 4-bit K, up to 4e-3 in an lse of 200.)
+  more to it. Seen on an H200 with outliers of 300 in q: 2-bit K is off by more than 4-bit K, up to
+  4e-3 in an lse of 200. Nothing documents it; it is as if fp16 subnormals, which codes are, aligned
+  by the exponent of 2^-14, and a product counted as max |q| * scale * 2^10 however small its code.
 - what the output's type does: below fp16's normal numbers half of its spacing, 2^-25; in one
   element half a unit in the last place of a bf16, 2^-8 of it, which alone can exceed WORST.
 - only where a test asks for it (`cancels`), what rounding P' = P * scale can do where a group of V

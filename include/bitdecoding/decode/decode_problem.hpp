@@ -83,8 +83,7 @@ inline Status validate_for_cuda(const DecodeProblem& p) {
                              (std::int64_t{c.keep_first} + c.tail_tokens) / 4 + 4;
   if (columns > INT32_MAX || segments > INT32_MAX / units) {
     return invalid_argument("query_tokens * query_heads / num_kv_heads = ", columns,
-                            " with batch * ",
-                            "num_kv_heads = ", std::int64_t{c.batch} * c.num_kv_heads,
+                            " with batch * num_kv_heads = ", std::int64_t{c.batch} * c.num_kv_heads,
                             "; allowed on a CUDA device with such a cache: a product up to about ",
                             INT32_MAX / units * 8);
   }
