@@ -21,6 +21,7 @@ DeviceScope::~DeviceScope() {
 
 Status cuda_status(cudaError_t error, const char* operation) {
   if (error == cudaSuccess) return {};
+  (void)cudaGetLastError();  // reported here: the caller's own checks shall not find it
   std::ostringstream text;
   text << operation << ": " << cudaGetErrorName(error) << ": " << cudaGetErrorString(error);
   if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice) {

@@ -8,6 +8,7 @@
 #include <climits>
 #include <cstdint>
 
+#include "bitdecoding/launch.cuh"
 #include "bitdecoding/quantize/append_kernel.cuh"
 
 namespace bitdecoding::quantize {
@@ -26,10 +27,8 @@ cudaError_t launch_append(const AppendProblem& problem, int* counters, cudaStrea
   constexpr int kSmem_bytes = sizeof(AppendStorage<Row::config.head_dim>);
   static_assert(kSmem_bytes <= 48 * 1024, "more needs an opt-in attribute");
   const layout::PageRecord record(c.format);
-  (void)cudaGetLastError();  // an earlier call's error is not ours
-  append_tokens<Row>
-      <<<grid, kPackThreads, kSmem_bytes, stream>>>(problem, record, counters, error_word);
-  return cudaGetLastError();
+  return launch(append_tokens<Row>, grid, kPackThreads, kSmem_bytes, stream, problem, record,
+                counters, error_word);
 }
 
 }  // namespace bitdecoding::quantize

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include "bitdecoding/launch.cuh"
 #include "bitdecoding/quantize/pack_kernel.cuh"
 
 namespace bitdecoding::quantize {
@@ -19,9 +20,8 @@ cudaError_t launch_pack(const PackProblem& problem, cudaStream_t stream, int* er
   constexpr int kSmem_bytes = sizeof(PackStorage<Row::config.head_dim>);
   static_assert(kSmem_bytes <= 48 * 1024, "more needs an opt-in attribute");
   const layout::PageRecord record(problem.format);
-  (void)cudaGetLastError();  // an earlier call's error is not ours
-  pack_pages<Row><<<grid, kPackThreads, kSmem_bytes, stream>>>(problem, record, error_word);
-  return cudaGetLastError();
+  return launch(pack_pages<Row>, grid, kPackThreads, kSmem_bytes, stream, problem, record,
+                error_word);
 }
 
 }  // namespace bitdecoding::quantize
