@@ -6,6 +6,19 @@
 
 namespace bitdecoding::arch {
 
+// The thread's place in its CTA and in its warp. Read anew wherever they are seldom needed: what a
+// compiler derives from a value that it has, it keeps in registers all through the loops around.
+__device__ inline int thread_id() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+__device__ inline int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // The 8x8 matrix of 16-bit elements that a warp holds in MMA order, transposed.
 __device__ inline std::uint32_t transpose_8x8(std::uint32_t pair) {
   std::uint32_t transposed;
@@ -18,11 +31,29 @@ __device__ inline void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" : : "l"(address));
 }
 
+// Adds 1 to a counter in global memory and returns what it was: what the thread wrote, or knew of,
+// before is seen by whoever counts after it.
+__device__ inline int count(int* counter) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+}
+
 // 2^x, to 2 ulp; -inf gives 0.
 __device__ inline float exp2(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
+}
+
+// 1 / x, to 1 ulp.
+__device__ inline float reciprocal(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
 }
 
 // log2 x, x > 0.

@@ -9,8 +9,8 @@
 
 namespace bitdecoding::decode {
 
-// Counters at the start of the workspace, one per CTA: zero before the first launch; every launch
-// leaves them zero.
+// Counters at the start of the workspace, one per CTA and query column: zero before the first
+// launch; every launch leaves them zero.
 inline constexpr int kWorkspaceCounters = 4096;
 inline constexpr std::size_t kCounterBytes = kWorkspaceCounters * sizeof(int);
 

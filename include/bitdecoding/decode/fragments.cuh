@@ -93,6 +93,9 @@ __device__ FragmentA v_fragment(std::uint32_t word, int tile) {
           field<Bits>(upper, 2 * tile), field<Bits>(upper, 2 * tile + 1)};
 }
 
+// 2^e.
+__device__ inline float power_of_two(int e) { return __int_as_float((e + 127) << 23); }
+
 // Group sizes are powers of two: a mask and a shift instead of a division.
 __device__ inline bool begins_group(int element, int group) { return (element & (group - 1)) == 0; }
 __device__ inline int group_of(int element, int group) { return element >> log2_of(group); }

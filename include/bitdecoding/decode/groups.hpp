@@ -3,7 +3,7 @@
 // group per token or channel and chunk, gets straight-line code of its own.
 #pragma once
 
-#include "bitdecoding/format/kv_format.hpp"
+#include "bitdecoding/layout/page_config.hpp"
 
 namespace bitdecoding::decode {
 
@@ -11,6 +11,7 @@ namespace bitdecoding::decode {
 template <int HeadDim>
 struct WholeGroups {
   static constexpr int kMostChunkGroups = 1;  // channel-axis K groups that a chunk meets
+  static constexpr int kMostValueGroups = 1;  // V groups of a token
   static constexpr int chunk_groups() { return 1; }
   static constexpr int k_token_group() { return HeadDim; }
   static constexpr int v_group() { return HeadDim; }
@@ -21,6 +22,7 @@ struct AnyGroups {
   const KvFormat& format;
 
   static constexpr int kMostChunkGroups = 2;
+  static constexpr int kMostValueGroups = layout::kMaxHeadDim / 32;
   constexpr int chunk_groups() const { return format.k_group < kChunkTokens ? 2 : 1; }
   constexpr int k_token_group() const { return format.k_group; }
   constexpr int v_group() const { return format.v_group; }

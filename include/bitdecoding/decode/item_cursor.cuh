@@ -9,22 +9,29 @@
 
 namespace bitdecoding::decode {
 
-// What the consumer must know of an item; travels through shared memory beside the bytes.
-struct alignas(16) Item {
-  enum Flags : int { first = 1, last = 2, whole = 4, zone = 8, new_group = 16, bad_page = 32 };
-  int sequence;
-  int head;                 // virtual: KV head * column tiles + tile
+// The tokens of an item; travels through shared memory beside their bytes.
+struct alignas(8) ItemTokens {
+  enum Flags : int {
+    first = 1,  // of the warp's in its segment, and last
+    last = 2,
+    whole = 4,  // the warp has all of the segment
+    zone = 8,
+    bad_page = 16,
+    new_group = 32,     // the item's first chunk begins a channel-axis K group
+    later_groups = 64,  // so does its second
+    rewritten = 128,    // the warp writes to the item's stage
+  };
   std::int16_t begin, end;  // attended tokens of the item
   int flags;
-  int segment_begin;  // units of the batch at which the segment's first
-  int segment_last;   // and last item begin
 };
 
-// Whether a packed item, by its index in the sequence, begins a channel-axis K group or has all its
-// parameters anyway: groups span two chunks at most.
-constexpr bool begins_k_group(const KvFormat& f, const ItemShape& shape, int index) {
-  return f.k_axis == KAxis::token || f.k_group <= shape.packed_tokens || index % 2 == 0;
-}
+// Which segment, and where it lies among the units of the batch.
+struct alignas(16) SegmentPlace {
+  int sequence;
+  int head;   // virtual: KV head * column tiles + tile
+  int begin;  // units at which its first
+  int last;   // and last item begin
+};
 
 // What all warps of a launch walk through.
 struct BatchShape {
@@ -42,11 +49,38 @@ __device__ inline Fault find_decode_fault(const PagedKvCache& c, const SequenceS
 }
 
 // A faulty sequence has no items.
-__device__ inline SegmentItems load_segment(const PagedKvCache& c, const ItemShape& shape,
-                                            int sequence) {
-  const SequenceState state = load_state(c, sequence);
+__device__ inline SegmentItems find_segment(const PagedKvCache& c, const ItemShape& shape,
+                                            const SequenceState& state) {
   if (has_fault(c, state) || (state.packed > 0 && c.num_pages == 0)) return {};
   return segment_items(state.length, state.packed, c.keep_first, shape);
+}
+
+// Units of the batch: of one head of the `run` sequences from lane * run on, and of everything.
+struct BatchUnits {
+  int run = 1;
+  int mine = 0;
+  int total = 0;
+};
+__device__ inline int units_run(const PagedKvCache& cache) { return (cache.batch + 31) / 32; }
+
+// Of the lane's first sequence; any, if it has none.
+__device__ inline SequenceState load_first_state(const PagedKvCache& cache, int lane) {
+  return load_state(cache, min(lane * units_run(cache), cache.batch - 1));
+}
+
+// `state`: load_first_state's. Each of the others is on its way while the one before is counted.
+__device__ inline BatchUnits count_units(const PagedKvCache& cache, const BatchShape& shape,
+                                         int lane, SequenceState state) {
+  BatchUnits units{units_run(cache)};
+  const int begin = lane * units.run, end = min(begin + units.run, cache.batch);
+  for (int sequence = begin; sequence < end; ++sequence) {
+    const SequenceState next = load_state(cache, min(sequence + 1, cache.batch - 1));
+    units.mine += find_segment(cache, shape.items, state).weight();
+    state = next;
+  }
+  const auto mine = static_cast<unsigned>(units.mine);
+  units.total = static_cast<int>(__reduce_add_sync(0xffffffffu, mine)) * shape.heads;
+  return units;
 }
 
 inline constexpr int kPageIds = 32;  // loaded at once, a lane each
@@ -85,9 +119,9 @@ class ItemCursor {
         item_log2_(log2_of(shape.items.packed_tokens)),
         page_log2_(log2_of(cache.format.page_tokens) - item_log2_) {}
 
-  __device__ void start(UnitRange range) {
+  __device__ void start(UnitRange range, const BatchUnits& units) {
     s_.range = range;
-    if (range.begin < range.end) find_start();
+    if (range.begin < range.end) find_start(units);
   }
   __device__ void load(const CursorState& from) { s_ = from; }
   __device__ void save(CursorState& to) const {
@@ -107,34 +141,31 @@ class ItemCursor {
   }
   __device__ void skip(int items) { s_.item += items; }
 
-  // The current item, before `advance`.
-  __device__ Item item() const {
-    Item out{s_.sequence,
-             s_.head,
-             0,
-             0,
-             0,
-             s_.segment_begin,
-             s_.segment_begin + s_.segment.last_begin()};
-    if (s_.item == s_.item_begin) out.flags |= Item::first;
-    if (s_.item == s_.item_end - 1) out.flags |= Item::last;
-    if (s_.item_begin == 0 && s_.item_end == s_.segment.items()) out.flags |= Item::whole;
+  // Of the current item, before `advance`.
+  __device__ SegmentPlace segment() const {
+    return {s_.sequence, s_.head, s_.segment_begin, s_.segment_begin + s_.segment.last_begin()};
+  }
+  __device__ ItemTokens tokens() const {
+    ItemTokens out{0, static_cast<std::int16_t>(shape_.items.packed_tokens), 0};
+    if (s_.item == s_.item_begin) out.flags |= ItemTokens::first | ItemTokens::new_group;
+    if (s_.item == s_.item_end - 1) out.flags |= ItemTokens::last;
+    if (s_.item_begin == 0 && s_.item_end == s_.segment.items()) out.flags |= ItemTokens::whole;
     if (is_packed()) {
       const int token = packed_item() << item_log2_;
       out.begin = static_cast<std::int16_t>(max(0, s_.segment.first - token));
-      out.end = static_cast<std::int16_t>(shape_.items.packed_tokens);
-      if (s_.item == s_.item_begin || begins_k_group(cache_.format, shape_.items, packed_item())) {
-        out.flags |= Item::new_group;
-      }
     } else {
-      out.flags |= Item::zone;
+      out.flags |= ItemTokens::zone;
       out.end = static_cast<std::int16_t>(min(kZoneTokens, zone_end() - zone_token()));
+    }
+    if (out.flags & (ItemTokens::last | ItemTokens::zone) || out.begin > 0) {
+      out.flags |= ItemTokens::rewritten;
     }
     return out;
   }
 
   __device__ bool is_packed() const { return s_.item < s_.segment.packed_items; }
   __device__ int sequence() const { return s_.sequence; }
+  __device__ int head() const { return s_.head; }  // virtual
   __device__ int kv_head() const { return s_.kv_head; }
 
   // ---- packed items ----
@@ -183,6 +214,10 @@ class ItemCursor {
     __syncwarp();
   }
 
+  __device__ SegmentItems load_segment(int sequence) const {
+    return find_segment(cache_, shape_.items, load_state(cache_, sequence));
+  }
+
   __device__ int zone_token() const {
     const int tile = s_.item - s_.segment.packed_items;
     if (tile < s_.segment.first_tiles) return tile * kZoneTokens;
@@ -193,30 +228,35 @@ class ItemCursor {
                                                                       : s_.segment.length;
   }
 
-  // Moves to the sequence and head that hold the range's first unit: 32 sequences at a time.
-  __device__ void find_start() {
-    int begin = 0;
-    for (int base = 0; base < cache_.batch; base += 32) {
-      const int mine = base + lane_;
-      const int weight = mine < cache_.batch
-                             ? load_segment(cache_, shape_.items, mine).weight() * shape_.heads
-                             : 0;
-      int end = weight;
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int below = __shfl_up_sync(0xffffffffu, end, distance);
-        if (lane_ >= distance) end += below;
-      }
-      const unsigned holds = __ballot_sync(0xffffffffu, begin + end > s_.range.begin);
-      if (holds != 0) {
-        const int owner = __ffs(static_cast<int>(holds)) - 1;
-        s_.sequence = base + owner;
-        s_.segment_begin = begin + __shfl_sync(0xffffffffu, end - weight, owner);
-        break;
-      }
-      begin += __shfl_sync(0xffffffffu, end, 31);
+  // The first of the warp's consecutive runs of units, a lane each, that reaches beyond the range's
+  // first unit: returns its lane and moves to its beginning; without one 32, and behind all.
+  __device__ int find_run(int units) {
+    int end = units;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int below = __shfl_up_sync(0xffffffffu, end, distance);
+      if (lane_ >= distance) end += below;
     }
-    s_.segment = load_segment(cache_, shape_.items, s_.sequence);
-    s_.head = (s_.range.begin - s_.segment_begin) / s_.segment.weight();
+    const int target = s_.range.begin - s_.segment_begin;
+    const unsigned holds = __ballot_sync(0xffffffffu, end > target);
+    const int lane = holds == 0 ? 31 : __ffs(static_cast<int>(holds)) - 1;
+    s_.segment_begin += __shfl_sync(0xffffffffu, holds == 0 ? end : end - units, lane);
+    return holds == 0 ? 32 : lane;
+  }
+
+  // Moves to the sequence and head that hold the range's first unit: to a run of sequences, then
+  // within the run, 32 at a time.
+  __device__ void find_start(const BatchUnits& units) {
+    s_.sequence = find_run(units.mine * shape_.heads) * units.run;
+    for (int found = 32; units.run > 1 && found == 32 && s_.sequence < cache_.batch;) {
+      const int mine = s_.sequence + lane_;
+      const int weight = mine < cache_.batch ? load_segment(mine).weight() : 0;
+      found = find_run(weight * shape_.heads);
+      s_.sequence += found;
+    }
+    if (s_.sequence >= cache_.batch) return;  // lengths have changed since they were counted
+    s_.segment = load_segment(s_.sequence);
+    s_.head = static_cast<int>(static_cast<unsigned>(s_.range.begin - s_.segment_begin) /
+                               static_cast<unsigned>(s_.segment.weight()));
     s_.segment_begin += s_.head * s_.segment.weight();
     enter_segment();
   }
@@ -225,7 +265,7 @@ class ItemCursor {
     s_.pages_begin = -2 * kPageIds;
     do {
       if (++s_.sequence == cache_.batch) return;
-      s_.segment = load_segment(cache_, shape_.items, s_.sequence);
+      s_.segment = load_segment(s_.sequence);
     } while (s_.segment.weight() == 0);
   }
 
@@ -256,15 +296,5 @@ class ItemCursor {
   int page_log2_;  // packed items of a page
   CursorState s_;
 };
-
-// Units of the whole batch, the same in all lanes.
-__device__ inline int total_units(const PagedKvCache& cache, const BatchShape& shape, int lane) {
-  int total = 0;
-  for (int sequence = lane; sequence < cache.batch; sequence += 32) {
-    total += load_segment(cache, shape.items, sequence).weight();
-  }
-  return static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(total))) *
-         shape.heads;
-}
 
 }  // namespace bitdecoding::decode

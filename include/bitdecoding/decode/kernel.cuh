@@ -2,7 +2,7 @@
 // Decode attention, one launch: every warp streams its share of the batch's bytes, the CTA merges
 // its warps' partials, and the last CTA to finish a segment merges the segment.
 //   workspace   Partial [CTAs][warps]: ends of segments inside a CTA | Partial [CTAs][2]: first and
-//               last segment of a CTA          counters [CTAs], zero before and after
+//               last segment of a CTA          counters [CTAs][columns], 0 between launches
 #pragma once
 
 #include "bitdecoding/decode/merge.cuh"
@@ -15,43 +15,58 @@ template <DecodeConfig Config>
 inline constexpr int kMaxWarps = Config.query_columns == 8 ? 12 : 8;
 inline constexpr int kMostWarps = 12;
 
-// A partial that a warp leaves to the CTA.
-struct PartialTag {
-  int sequence = -1;  // -1: none
-  int head = 0;
-  int segment_begin = 0, segment_last = 0;  // units at which its first and last item begin
-  int stage = 0;                            // of the warp's ring, where its last partial lies
+// What the warps leave to the CTA.
+struct CtaStorage {
+  SegmentPlace partials[kMostWarps][2];  // of the segment that ends in the warp's share and of its
+                                         // last segment; sequence -1: none
+  int last_stages[kMostWarps];           // of the ring: where the last segment's partial lies
 };
 
-struct alignas(16) CtaStorage {
-  PartialTag tags[kMostWarps][2];  // the segment that ends in the warp's share, its last segment
-  // Of the segments that reach beyond the CTA.
-  int finish_first[2], finish_partials[2];
-};
+// Starts what would otherwise be waited for one after the other while the lengths are being read:
+// queries and block table come to the L2 cache, and the SM learns the addresses of all arrays.
+__device__ inline void prefetch_inputs(const DecodeArguments& a) {
+  constexpr int kLine = 128;
+  const DecodeProblem& p = a.problem;
+  const PagedKvCache& c = p.cache;
+  if (threadIdx.x % 32 == 0) {  // an array per warp
+    const int warp = threadIdx.x / 32;
+    const void* array = warp == 0   ? p.q
+                        : warp == 1 ? c.block_table
+                        : warp == 2 ? c.side
+                        : warp == 3 ? c.pool
+                        : warp == 4 ? a.workspace
+                        : warp == 5 ? static_cast<const void*>(a.counters)
+                                    : p.out;
+    arch::prefetch_l2(array);
+  }
+  const std::int64_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const std::int64_t table_bytes = std::int64_t{4} * c.batch * c.max_pages;
+  if (thread * kLine < table_bytes) {
+    arch::prefetch_l2(reinterpret_cast<const char*>(c.block_table) + thread * kLine);
+  }
+  const std::int64_t last_row = (c.batch - 1) * p.q_batch_stride +
+                                (p.query_tokens - 1) * p.q_token_stride +
+                                (p.query_heads - 1) * p.q_head_stride;
+  if (thread * kLine < 2 * last_row) {
+    arch::prefetch_l2(static_cast<const char*>(p.q) + thread * kLine);
+  }
+}
 
 template <DecodeConfig Config>
 class DecodeCta {
  public:
   using S = Shape<Config>;
 
-  __device__ DecodeCta(const DecodeArguments& a, std::uint8_t* smem)
-      : a_(a),
-        smem_(smem),
-        cta_storage_(*reinterpret_cast<CtaStorage*>(smem + a.warps * a.stages * a.stage_bytes)),
-        warp_storage_(reinterpret_cast<WarpStorage*>(smem + a.warps * a.stages * a.stage_bytes +
-                                                     sizeof(CtaStorage))),
-        warp_(threadIdx.x / 32),
-        lane_(threadIdx.x % 32),
-        batch_(a.batch),
-        total_(choose_items()),
-        shares_(total_, active_ctas(total_, gridDim.x)) {}
+  __device__ DecodeCta(const DecodeArguments& a, std::uint8_t* smem) : a_(a), smem_(smem) {}
 
-  __device__ void run() {
-    if (total_ > 0 && static_cast<int>(blockIdx.x) < active_ctas(total_, gridDim.x)) {
-      if (has_whole_groups(a_.problem.cache.format)) {
-        stream(WholeGroups<S::head_dim>{});
+  __device__ __forceinline__ void run() {
+    const BatchUnits units = choose_items();
+    const int ctas = active_ctas(units.total, gridDim.x);
+    if (units.total > 0 && static_cast<int>(blockIdx.x) < ctas) {
+      if (a_.has_whole_groups) {
+        stream(WholeGroups<S::head_dim>{}, units);
       } else {
-        stream(AnyGroups{a_.problem.cache.format});
+        stream(AnyGroups{a_.problem.cache.format}, units);
       }
       __syncthreads();
       merge_warps();
@@ -60,15 +75,37 @@ class DecodeCta {
   }
 
  private:
-  // Pages are items only where every warp gets many; returns the units of the batch.
-  __device__ int choose_items() {
+  // Shared memory: rings of the warps | CtaStorage | WarpStorage of the warps
+  __device__ CtaStorage& cta_storage() const {
+    return *reinterpret_cast<CtaStorage*>(ring_bytes(a_.warps));
+  }
+  __device__ WarpStorage& storage(int warp) const {
+    return reinterpret_cast<WarpStorage*>(ring_bytes(a_.warps) + sizeof(CtaStorage))[warp];
+  }
+  __device__ static int warp_id() { return arch::thread_id() / 32; }
+
+  // Chunks are items, or pages where every warp gets many; counts the units of the batch.
+  __device__ BatchUnits choose_items() {
     constexpr int kFewUnits = 16;  // of a warp
     const PagedKvCache& cache = a_.problem.cache;
-    const int total = total_units(cache, batch_, lane_);
-    const bool are_pages = batch_.items.packed_tokens > kChunkTokens;
-    if (!are_pages || total >= kFewUnits * static_cast<int>(gridDim.x) * a_.warps) return total;
-    batch_.items = ItemShape{};
-    return total_units(cache, batch_, lane_);
+    const int lane = arch::lane_id();
+    BatchShape batch = a_.batch;
+    batch.items = ItemShape{};
+    const SequenceState first = load_first_state(cache, lane);
+    prefetch_inputs(a_);
+    BatchUnits units = count_units(cache, batch, lane, first);
+    const bool can_be_pages = a_.batch.items.packed_tokens > kChunkTokens;
+    if (can_be_pages && units.total >= kFewUnits * static_cast<int>(gridDim.x) * a_.warps) {
+      batch.items = a_.batch.items;
+      units = count_units(cache, batch, lane, first);
+    }
+    if (lane == 0) {
+      WarpStorage& mine = storage(warp_id());
+      mine.batch = batch;
+      mine.shares = Shares(units.total, active_ctas(units.total, gridDim.x));
+    }
+    __syncwarp();
+    return units;
   }
 
   __device__ Partial<S>* inner_partial(int warp) const {
@@ -86,21 +123,35 @@ class DecodeCta {
   }
 
   template <class Groups>
-  __device__ void stream(const Groups& groups) {
-    const UnitRange share = shares_.range(blockIdx.x);
-    UnitRange range = Shares(share.end - share.begin, a_.warps).range(warp_);
+  __device__ void stream(const Groups& groups, const BatchUnits& units) {
+    const int warp = warp_id(), lane = arch::lane_id();
+    const UnitRange share = storage(warp).shares.range(blockIdx.x);
+    UnitRange range = Shares(share.end - share.begin, a_.warps).range(warp);
     range = {share.begin + range.begin, share.begin + range.end};
-    if (lane_ < 2) cta_storage_.tags[warp_][lane_] = PartialTag{};
-    Ring<Config> ring(a_, batch_, ring_bytes(warp_), warp_storage_[warp_], range, lane_);
-    Stream<Config, Groups> stream(a_, groups, lane_);
-    while (!ring.empty()) {
-      const Item item = ring.item();
-      if (item.flags & Item::first) stream.begin_segment(item);
+    if (lane < 2) cta_storage().partials[warp][lane].sequence = -1;
+    Ring<Config> ring(a_, ring_bytes(warp), storage(warp), lane);
+    Stream<Config, Groups> stream(a_, groups, lane);
+    ItemCursor cursor = ring.start(range, units);
+    if (cursor.done()) return;
+    // Queries are on their way while the ring fills, or while the segment before is finished.
+    const QueryBits<S> bits = stream.load_query(cursor.sequence(), cursor.head());
+    ring.fill(cursor);
+    stream.begin_segment(bits);
+    for (;;) {
+      const ItemTokens tokens = ring.tokens();
       ring.wait();
       ring.load_next();
-      stream.attend(item, ring.bytes());
-      if (item.flags & Item::last) finish(stream, ring, item);
-      if (item.flags & (Item::zone | Item::last)) ring.written();
+      stream.attend(tokens, ring.bytes());
+      if (tokens.flags & ItemTokens::last) {
+        __syncwarp();
+        const bool is_last = ring.is_last();
+        const SegmentPlace& next = is_last ? ring.segment() : ring.next_segment();
+        const QueryBits<S> next_bits = stream.load_query(next.sequence, next.head);
+        finish(stream, ring, (tokens.flags & ItemTokens::whole) != 0);
+        if (is_last) return;
+        stream.begin_segment(next_bits);
+      }
+      if (tokens.flags & ItemTokens::rewritten) ring.written();
       ring.release();
     }
   }
@@ -109,20 +160,21 @@ class DecodeCta {
   // from there to the output, one that an earlier warp began to the workspace; the warp's last
   // segment stays.
   template <class Groups>
-  __device__ void finish(Stream<Config, Groups>& stream, Ring<Config>& ring, const Item& item) {
+  __device__ void finish(Stream<Config, Groups>& stream, Ring<Config>& ring, bool is_whole) {
     auto& partial = *reinterpret_cast<Partial<S>*>(ring.bytes());
+    const int warp = warp_id(), lane = arch::lane_id();
     __syncwarp();
-    store_partial<S>(stream.output(), stream.softmax(), a_.record.format().v_group, lane_, partial);
+    store_partial<S>(stream.output(), stream.softmax(), stream.groups(), lane, partial);
     __syncwarp();
-    const PartialTag tag{item.sequence, item.head, item.segment_begin, item.segment_last,
-                         ring.stage()};
-    if (item.flags & Item::whole) {
-      store_whole(partial, tag);
+    const SegmentPlace segment = ring.segment();
+    if (is_whole) {
+      store_whole(partial, segment);
     } else if (!ring.is_last()) {
-      copy_partial<S>(partial, *inner_partial(warp_), lane_);
-      if (lane_ == 0) cta_storage_.tags[warp_][0] = tag;
-    } else if (lane_ == 0) {
-      cta_storage_.tags[warp_][1] = tag;
+      copy_partial<S>(partial, *inner_partial(warp), lane);
+      if (lane == 0) cta_storage().partials[warp][0] = segment;
+    } else if (lane == 0) {
+      cta_storage().partials[warp][1] = segment;
+      cta_storage().last_stages[warp] = ring.stage();
     }
   }
 
@@ -136,177 +188,163 @@ class DecodeCta {
                      head % a_.column_tiles * S::columns + column);
   }
 
-  __device__ void store_whole(const Partial<S>& partial, const PartialTag& tag) {
-    const int channel = lane_ * 4;
-    for (int column = 0; channel < S::head_dim && column < columns_of(tag.head); ++column) {
-      store_merged(tag, column, channel,
-                   *reinterpret_cast<const float4*>(&partial.o[column][channel]),
-                   partial.maximum[column], partial.sum[column]);
+  __device__ void store_whole(const Partial<S>& partial, const SegmentPlace& segment) {
+    using Merged = MergedColumns<S, kFewColumns<S>>;
+    const int columns = columns_of(segment.head);
+    for (int first = 0; first < columns; first += kFewColumns<S>) {
+      const int column = min(first + Merged::column(), columns - 1);
+      const float4& o = reinterpret_cast<const float4&>(partial.o[column][Merged::channel(0)]);
+      store_merged(segment, column, Merged{partial.maximum[column], partial.sum[column], {o}});
     }
   }
 
-  __device__ void store_merged(const PartialTag& tag, int column, int channel, float4 o,
-                               float maximum, float sum) {
-    const OutputRow row = row_of(tag.sequence, tag.head, column);
-    const float inverse = sum == 0.f ? 0.f : 1.f / sum;
-    store_output(a_.problem, row.out + channel,
-                 {o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse});
-    if (channel == 0 && a_.problem.lse != nullptr) {
-      a_.problem.lse[row.lse] = natural_lse(maximum, sum);
+  template <class Merged>
+  __device__ void store_merged(const SegmentPlace& segment, int column, const Merged& merged) {
+    const OutputRow row = row_of(segment.sequence, segment.head, column);
+    const float inverse = merged.sum == 0.f ? 0.f : arch::reciprocal(merged.sum);
+#pragma unroll
+    for (int part = 0; part < Merged::kParts; ++part) {
+      const float4& o = merged.o[part];
+      store_output(a_.problem, row.out + Merged::channel(part),
+                   {o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse});
+    }
+    if (Merged::channel(0) == 0 && a_.problem.lse != nullptr) {
+      a_.problem.lse[row.lse] = natural_lse(merged.maximum, merged.sum);
     }
   }
 
-  // The partials of one segment in this CTA, in unit order: entries 2 * warp + which, a bit each,
-  // and the pointer of entry i in lane i.
-  class WarpPartials {
-   public:
-    static constexpr int kBatch = 12;
-
-    __device__ WarpPartials(unsigned entries, const Partial<S>* mine)
-        : rest_(entries), mine_(reinterpret_cast<std::uintptr_t>(mine)) {}
-    __device__ int count() const { return __popc(rest_); }
-    // The next one; the last one again and again.
-    __device__ const Partial<S>& next() {
-      const int entry = __ffs(static_cast<int>(rest_)) - 1;
-      if ((rest_ & (rest_ - 1)) != 0) rest_ &= rest_ - 1;
-      return *reinterpret_cast<const Partial<S>*>(__shfl_sync(0xffffffffu, mine_, entry));
+  template <class Merged>
+  __device__ void store_partial_column(const Merged& merged, int column, Partial<S>& to) const {
+#pragma unroll
+    for (int part = 0; part < Merged::kParts; ++part) {
+      reinterpret_cast<float4&>(to.o[column][Merged::channel(part)]) = merged.o[part];
     }
+    to.maximum[column] = merged.maximum;
+    to.sum[column] = merged.sum;
+  }
 
-   private:
-    unsigned rest_;
-    std::uintptr_t mine_;
+  // Entries 2 * warp + which of the CTA's partials, in unit order: entry i is lane i's.
+  struct WarpPartials {
+    const Partial<S>* mine = nullptr;
+    unsigned held = 0;    // entries that there are
+    unsigned starts = 0;  // of them, the first of each segment
   };
-  // The partials of one segment in all CTAs, in unit order: the first one's last, the others' first.
-  class CtaPartials {
-   public:
-    static constexpr int kBatch = 20;
+  __device__ const SegmentPlace& segment_of(int entry) const {
+    return cta_storage().partials[entry / 2][entry % 2];
+  }
+  // Without a branch before the votes: nvcc 13.0 has begun its reconvergence above __syncthreads(),
+  // where the warp was apart, and lanes then voted by themselves.
+  __device__ WarpPartials find_partials() const {
+    const int lane = arch::lane_id();
+    const int entry = min(lane, 2 * a_.warps - 1), warp = entry / 2;
+    const SegmentPlace& place = segment_of(entry);
+    const bool is_held = (lane == entry) & (place.sequence >= 0);
+    const std::uintptr_t inner = reinterpret_cast<std::uintptr_t>(inner_partial(warp));
+    const std::uintptr_t last =
+        reinterpret_cast<std::uintptr_t>(last_partial(warp, cta_storage().last_stages[warp]));
+    WarpPartials found;
+    found.mine = reinterpret_cast<const Partial<S>*>(entry % 2 == 0 ? inner : last);
+    found.held = __ballot_sync(0xffffffffu, is_held);
+    const unsigned before = found.held & ((1u << lane) - 1u);
+    const int previous = before == 0 ? lane : 31 - __clz(static_cast<int>(before));
+    const int begin = __shfl_sync(0xffffffffu, place.begin, previous);
+    found.starts = __ballot_sync(0xffffffffu, is_held & ((before == 0) | (begin != place.begin)));
+    return found;
+  }
 
-    __device__ CtaPartials(const DecodeCta& cta, int first, int count)
-        : cta_(cta), first_(first), count_(count) {}
-    __device__ int count() const { return count_; }
-    __device__ const Partial<S>& next() {
-      const int i = next_;
-      next_ = min(next_ + 1, count_ - 1);
-      return *cta_.cta_partial(first_ + i, i == 0);
-    }
-
-   private:
-    const DecodeCta& cta_;
-    int first_, count_;
-    int next_ = 0;
-  };
-
-  // A segment that has partials in this CTA, and which.
-  struct CtaSegment {
-    PartialTag tag;
-    unsigned entries = 0;              // of WarpPartials; 0: no segment
-    const Partial<S>* mine = nullptr;  // the lane's
-  };
-
-  // Lane i of every warp holds entry i; runs of entries of one segment are merged together. Columns
-  // of all segments are dealt out to the warps one by one.
+  // Warps have a column or two each, or, where there are too many columns for that, four at a time.
   __device__ void merge_warps() {
-    PartialTag mine;
-    if (lane_ < 2 * a_.warps) mine = cta_storage_.tags[lane_ / 2][lane_ % 2];
-    const Partial<S>* partial =
-        lane_ % 2 == 0 ? inner_partial(lane_ / 2) : last_partial(lane_ / 2, mine.stage);
-    const unsigned held = __ballot_sync(0xffffffffu, mine.sequence >= 0);
-    const unsigned before = held & ((1u << lane_) - 1u);
-    const int previous = before == 0 ? lane_ : 31 - __clz(static_cast<int>(before));
-    const bool same = (__shfl_sync(0xffffffffu, mine.sequence, previous) == mine.sequence) &
-                      (__shfl_sync(0xffffffffu, mine.head, previous) == mine.head) & (before != 0);
-    unsigned starts = __ballot_sync(0xffffffffu, mine.sequence >= 0 && !same);
-    const UnitRange share = shares_.range(blockIdx.x);
-    CtaSegment crossing[2];  // began in an earlier CTA, or ends in a later one
-    int turn = 0;
-    while (starts != 0) {
-      const int begin = __ffs(static_cast<int>(starts)) - 1;
-      starts &= starts - 1;
-      const unsigned below_next = starts == 0 ? ~0u : (starts & -starts) - 1u;
-      const CtaSegment segment{{__shfl_sync(0xffffffffu, mine.sequence, begin),
-                                __shfl_sync(0xffffffffu, mine.head, begin),
-                                __shfl_sync(0xffffffffu, mine.segment_begin, begin),
-                                __shfl_sync(0xffffffffu, mine.segment_last, begin)},
-                               held & below_next & ~((1u << begin) - 1u),
-                               partial};
-      const bool began = segment.tag.segment_begin >= share.begin;
-      const bool ends = segment.tag.segment_last < share.end;
-      if (began && ends) {
-        merge_inside(segment, turn);
-      } else {
-        merge_crossing(segment, began, turn);
-        crossing[began] = segment;
-      }
-    }
-    if ((crossing[0].entries | crossing[1].entries) != 0) finish_crossing(crossing);
-  }
-
-  __device__ bool is_my_turn(int& turn) const {
-    const bool mine = turn == warp_;
-    turn = turn + 1 == a_.warps ? 0 : turn + 1;
-    return mine;
-  }
-
-  __device__ void merge_inside(const CtaSegment& segment, int& turn) {
-    for (int column = 0; column < columns_of(segment.tag.head); ++column) {
-      if (!is_my_turn(turn)) continue;
-      merge_column<S>(WarpPartials(segment.entries, segment.mine), column,
-                      [&](int channel, float4 o, float maximum, float sum) {
-                        store_merged(segment.tag, column, channel, o, maximum, sum);
-                      });
+    const WarpPartials found = find_partials();
+    const int columns = min(a_.columns, S::columns);
+    if (__popc(found.starts) * columns <= a_.warps * kFewColumns<S>) {
+      merge_segments<kFewColumns<S>>(found, columns);
+    } else {
+      merge_segments<kManyColumns>(found, columns);
     }
   }
 
-  __device__ void merge_crossing(const CtaSegment& segment, bool began, int& turn) {
-    Partial<S>& mine = *cta_partial(blockIdx.x, began);
-    for (int column = 0; column < columns_of(segment.tag.head); ++column) {
-      if (!is_my_turn(turn)) continue;
-      merge_column<S>(WarpPartials(segment.entries, segment.mine), column,
-                      [&](int channel, float4 o, float maximum, float sum) {
-                        *reinterpret_cast<float4*>(&mine.o[column][channel]) = o;
-                        if (channel == 0) {
-                          mine.maximum[column] = maximum;
-                          mine.sum[column] = sum;
-                        }
-                      });
+  template <int Columns>
+  __device__ void merge_segments(const WarpPartials& found, int columns) {
+    const int turns = (columns + Columns - 1) / Columns;  // of a segment
+    for (int turn = warp_id(); turn < __popc(found.starts) * turns; turn += a_.warps) {
+      const int index = turn / turns, lane = arch::lane_id();
+      // The segment's entries: from the one that starts it to the one that starts the next.
+      const bool is_start = (found.starts >> lane & 1) != 0;
+      const int before = __popc(found.starts & ((1u << lane) - 1u));
+      const unsigned start = __ballot_sync(0xffffffffu, is_start && before == index);
+      const unsigned next = found.starts & ~(start | (start - 1u));
+      const unsigned below_next = next == 0 ? ~0u : (next & -next) - 1u;
+      const PartialList<S> partials(found.held & below_next & ~(start - 1u), found.mine);
+      merge_columns<Columns>(segment_of(__ffs(static_cast<int>(start)) - 1),
+                             (turn - index * turns) * Columns, partials);
     }
   }
 
-  // The last of a segment's CTAs merges the partials of all, in order. crossing[0] began in an
-  // earlier CTA, crossing[1] in this one.
-  __device__ void finish_crossing(const CtaSegment (&crossing)[2]) {
-    const bool counts = warp_ == a_.warps - 1 && lane_ < 2;  // a warp that often has no column
-    const CtaSegment& mine = crossing[lane_ % 2];
-    const int first = counts ? shares_.at(mine.tag.segment_begin) : 0;
-    const int last = counts ? shares_.at(mine.tag.segment_last) : 0;
-    __syncthreads();
-    if (counts) {
-      int partials = 0;  // 0: not the last CTA
-      if (mine.entries != 0) {
-        __threadfence();  // the whole CTA's partial: fences are cumulative over the barrier
-        if (atomicAdd(&a_.counters[first], 1) == last - first) {
-          a_.counters[first] = 0;
-          partials = last - first + 1;
-          __threadfence();
+  // Of `ctas` CTAs from `first` on, those from number `begin` on, 32 at most: the last segment of
+  // the first CTA, the first segment of the others.
+  __device__ PartialList<S> cta_partials(int first, int ctas, int begin) const {
+    const int i = min(begin + arch::lane_id(), ctas - 1);
+    const int count = min(ctas - begin, 32);
+    return {~0u >> (32 - count), cta_partial(first + i, i == 0)};
+  }
+
+  // To the output, or, of a segment that other CTAs have partials of, to the workspace: the last of
+  // the CTAs merges the partials of all, in order. It does so with the instructions that have just
+  // merged its own: others would have to be fetched first.
+  template <int Columns>
+  __device__ void merge_columns(const SegmentPlace& segment, int first_column,
+                                const PartialList<S>& partials) {
+    using Merged = MergedColumns<S, Columns>;
+    const int columns = columns_of(segment.head);
+    if (first_column >= columns) return;
+    const int column = min(first_column + Merged::column(), columns - 1);
+    bool is_mine = first_column + Merged::column() < columns;
+    const Shares shares = storage(warp_id()).shares;
+    const UnitRange share = shares.range(blockIdx.x);
+    const bool began = segment.begin >= share.begin;
+    bool is_whole = began && segment.last < share.end;
+    int first = 0, ctas = 0;
+    for (;;) {
+      const int count = ctas == 0 ? partials.count() : ctas;
+      const auto list = [&](int begin) {
+        return ctas == 0 ? partials : cta_partials(first, ctas, begin);
+      };
+      Merged merged;
+      if (count > kMergeBatch<Columns>) {
+        for (int begin = 0; begin < count; begin += 32) {
+          merged.maximum = raise_maximum<S>(list(begin), column, merged.maximum);
         }
       }
-      cta_storage_.finish_first[lane_] = first;
-      cta_storage_.finish_partials[lane_] = partials;
-    }
-    __syncthreads();
-    int turn = 0;
-    for (int i = 0; i < 2; ++i) {
-      const int partials = cta_storage_.finish_partials[i];
-      if (partials == 0) continue;
-      const PartialTag& tag = crossing[i].tag;
-      const CtaPartials all(*this, cta_storage_.finish_first[i], partials);
-      for (int column = 0; column < columns_of(tag.head); ++column) {
-        if (!is_my_turn(turn)) continue;
-        merge_column<S>(all, column, [&](int channel, float4 o, float maximum, float sum) {
-          store_merged(tag, column, channel, o, maximum, sum);
-        });
+      for (int begin = 0; begin < count; begin += 32) {
+        merge_partials<S, Columns>(list(begin), column, merged);
       }
+      if (is_whole) {
+        if (is_mine) store_merged(segment, column, merged);
+        return;
+      }
+      store_partial_column(merged, column, *cta_partial(blockIdx.x, began));
+      first = shares.at(segment.begin);
+      ctas = shares.at(segment.last) + 1 - first;
+      is_mine =
+          is_last_of<Merged::kLanes>(a_.counters + first * S::columns + column, is_mine, ctas);
+      if (!__any_sync(0xffffffffu, is_mine)) return;
+      is_whole = true;
     }
+  }
+
+  // Whether `all` warps have counted now, each `Lanes` lanes for themselves; if so, resets the
+  // counter. What the others wrote before they counted is seen after.
+  template <int Lanes>
+  __device__ bool is_last_of(int* counter, bool counts, int all) const {
+    __syncwarp();
+    int before = 0;
+    if (counts && arch::lane_id() % Lanes == 0) {
+      before = arch::count(counter);
+      if (before == all - 1) *counter = 0;
+    }
+    before = __shfl_sync(0xffffffffu, before, arch::lane_id() / Lanes * Lanes);
+    __syncwarp();
+    return counts && before == all - 1;
   }
 
   // Sequences without items. Without tokens: out 0, lse -inf. With a fault: NaN, and a report.
@@ -332,48 +370,12 @@ class DecodeCta {
 
   const DecodeArguments& a_;
   std::uint8_t* smem_;
-  CtaStorage& cta_storage_;
-  WarpStorage* warp_storage_;
-  int warp_, lane_;
-  BatchShape batch_;
-  int total_;      // units of the batch
-  Shares shares_;  // of the CTAs
 };
-
-// Starts what would otherwise be waited for one after the other while the lengths are being read:
-// queries and block table come to the L2 cache, and the SM learns the addresses of all arrays.
-__device__ inline void prefetch_inputs(const DecodeArguments& a) {
-  constexpr int kLine = 128;
-  const DecodeProblem& p = a.problem;
-  const PagedKvCache& c = p.cache;
-  switch (threadIdx.x) {
-    case 0: arch::prefetch_l2(p.q); break;
-    case 1: arch::prefetch_l2(c.block_table); break;
-    case 2: arch::prefetch_l2(c.side); break;
-    case 3: arch::prefetch_l2(c.pool); break;
-    case 4: arch::prefetch_l2(a.workspace); break;
-    case 5: arch::prefetch_l2(a.counters); break;
-    case 6: arch::prefetch_l2(p.out); break;
-    default: break;
-  }
-  const std::int64_t thread = blockIdx.x * blockDim.x + threadIdx.x;
-  const std::int64_t table_bytes = std::int64_t{4} * c.batch * c.max_pages;
-  if (thread * kLine < table_bytes) {
-    arch::prefetch_l2(reinterpret_cast<const char*>(c.block_table) + thread * kLine);
-  }
-  const std::int64_t last_row = (c.batch - 1) * p.q_batch_stride +
-                                (p.query_tokens - 1) * p.q_token_stride +
-                                (p.query_heads - 1) * p.q_head_stride;
-  if (thread * kLine < 2 * last_row) {
-    arch::prefetch_l2(static_cast<const char*>(p.q) + thread * kLine);
-  }
-}
 
 template <class Row>
 __global__ void __launch_bounds__(kMaxWarps<Row::config> * 32, 1)
     decode_attention(const __grid_constant__ DecodeArguments arguments) {
   extern __shared__ __align__(128) std::uint8_t smem[];
-  prefetch_inputs(arguments);
   DecodeCta<Row::config>(arguments, smem).run();
 }
 

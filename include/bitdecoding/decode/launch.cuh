@@ -9,6 +9,7 @@
 
 #include "bitdecoding/decode/decode_plan.hpp"
 #include "bitdecoding/decode/kernel.cuh"
+#include "bitdecoding/launch.cuh"
 
 namespace bitdecoding::decode {
 
@@ -48,21 +49,26 @@ void fit_rings(int packed_bytes, DecodePlan* plan) {
   }
 }
 
+// Packed items are pages where that costs no warp, else chunks.
 template <class Row>
-cudaError_t plan_decode(const KvFormat& format, DecodePlan* plan) {
-  constexpr DecodeConfig config = Row::config;
-  using S = Shape<config>;
-  const layout::PageRecord record(format);
-  *plan = {.format = format, .config = config};
-  // Packed items are pages where that costs no warp, else chunks.
+void fit_items(DecodePlan* plan) {
+  const layout::PageRecord record(plan->format);
   fit_rings<Row>(record.chunk(1), plan);
   const int warps = plan->warps;
-  plan->packed_chunks = format.chunks();
-  fit_rings<Row>(record.chunk(format.chunks()), plan);
+  plan->packed_chunks = plan->format.chunks();
+  fit_rings<Row>(record.chunk(plan->packed_chunks), plan);
   if (plan->stages < 2 || plan->warps < warps) {
     plan->packed_chunks = 1;
     fit_rings<Row>(record.chunk(1), plan);
   }
+}
+
+template <class Row>
+cudaError_t plan_decode(const KvFormat& format, DecodePlan* plan) {
+  constexpr DecodeConfig config = Row::config;
+  using S = Shape<config>;
+  *plan = {.format = format, .config = config};
+  fit_items<Row>(plan);
   const auto kernel = decode_attention<Row>;
   // The limit is the function's, which plans of other formats share: it never shrinks.
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -75,38 +81,46 @@ cudaError_t plan_decode(const KvFormat& format, DecodePlan* plan) {
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, plan->warps * 32,
                                                         plan->smem_bytes);
   if (error != cudaSuccess) return error;
-  plan->ctas = std::min(sms * per_sm, kWorkspaceCounters);
+  plan->ctas = std::min(sms * per_sm, kWorkspaceCounters / S::columns);
   plan->workspace_bytes = kCounterBytes + plan->ctas * (plan->warps + 2) * sizeof(Partial<S>);
   return cudaSuccess;
+}
+
+// What a launch of the plan tells its kernel.
+inline DecodeArguments decode_arguments(const DecodeProblem& problem, const DecodePlan& plan,
+                                        std::uint8_t* workspace, int* error_word) {
+  const PagedKvCache& c = problem.cache;
+  const int group = problem.query_heads / c.num_kv_heads;
+  const int columns = group * problem.query_tokens;
+  const int tile_columns = plan.config.query_columns;
+  const int column_tiles = (columns + tile_columns - 1) / tile_columns;
+  const layout::PageRecord record(c.format);
+  // A page of two chunks takes about as long as two 16-bit tiles.
+  const ItemShape items{plan.packed_chunks * kChunkTokens, plan.packed_chunks - 1, 0};
+  return {problem,
+          record,
+          {packed_bytes(record, whole_page), packed_bytes(record, first_of_page),
+           packed_bytes(record, second_of_page)},
+          {c.num_kv_heads * column_tiles, column_tiles, items},
+          group,
+          columns,
+          column_tiles,
+          has_whole_groups(c.format),
+          plan.warps,
+          plan.stages,
+          plan.stage_bytes,
+          record.page_bytes(),
+          workspace + kCounterBytes,
+          reinterpret_cast<int*>(workspace),
+          error_word};
 }
 
 template <class Row>
 cudaError_t launch_decode(const DecodeProblem& problem, const DecodePlan& plan,
                           std::uint8_t* workspace, cudaStream_t stream, int* error_word) {
-  constexpr DecodeConfig config = Row::config;
-  const PagedKvCache& c = problem.cache;
-  const int group = problem.query_heads / c.num_kv_heads;
-  const int columns = group * problem.query_tokens;
-  const int column_tiles = (columns + config.query_columns - 1) / config.query_columns;
-  const layout::PageRecord record(c.format);
-  // A page of two chunks takes about as long as two 16-bit tiles.
-  const ItemShape items{plan.packed_chunks * kChunkTokens, plan.packed_chunks - 1, 0};
-  const DecodeArguments arguments{problem,
-                                  record,
-                                  {c.num_kv_heads * column_tiles, column_tiles, items},
-                                  group,
-                                  columns,
-                                  column_tiles,
-                                  plan.warps,
-                                  plan.stages,
-                                  plan.stage_bytes,
-                                  record.page_bytes(),
-                                  workspace + kCounterBytes,
-                                  reinterpret_cast<int*>(workspace),
-                                  error_word};
-  (void)cudaGetLastError();  // an earlier call's error is not ours
-  decode_attention<Row><<<plan.ctas, plan.warps * 32, plan.smem_bytes, stream>>>(arguments);
-  return cudaGetLastError();
+  if (problem.cache.batch == 0 || problem.query_tokens == 0) return cudaSuccess;
+  return launch(decode_attention<Row>, static_cast<unsigned>(plan.ctas), plan.warps * 32,
+                plan.smem_bytes, stream, decode_arguments(problem, plan, workspace, error_word));
 }
 
 }  // namespace bitdecoding::decode

@@ -5,6 +5,7 @@
 
 #include <cute/arch/copy_sm80.hpp>
 
+#include "bitdecoding/arch/sm80.cuh"
 #include "bitdecoding/decode/config.hpp"
 
 namespace bitdecoding::decode {
@@ -43,7 +44,7 @@ class AsyncLoader {
 
   template <int HeadDim>
   __device__ void load_zone(int, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* to) {
-    copy_zone<HeadDim>(k, v, to, lane_);
+    copy_zone<HeadDim>(k, v, to, arch::lane_id());
   }
 
   __device__ void commit() { cute::cp_async_fence(); }

@@ -18,8 +18,8 @@ class BulkLoader {
   // One barrier per stage, in shared memory.
   __device__ BulkLoader(std::uint64_t* barriers, int stages, int lane)
       : barriers_(barriers), lane_(lane) {
-    if (lane == 0) {
-      for (int stage = 0; stage < stages; ++stage) cute::initialize_barrier(barriers[stage], 1);
+    if (lane < stages) {
+      cute::initialize_barrier(barriers[lane], 1);
       cutlass::arch::fence_barrier_init();
     }
     __syncwarp();
@@ -42,7 +42,7 @@ class BulkLoader {
   template <int HeadDim>
   __device__ void load_zone(int stage, const std::uint8_t* k, const std::uint8_t* v,
                             std::uint8_t* to) {
-    copy_zone<HeadDim>(k, v, to, lane_);
+    copy_zone<HeadDim>(k, v, to, arch::lane_id());
     if (lane_ == 0) cute::arrive_barrier(barriers_[stage]);
   }
 

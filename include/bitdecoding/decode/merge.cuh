@@ -49,10 +49,18 @@ __device__ inline float natural_lse(float maximum, float sum) {
   return 0.693147181f * (maximum - kWeightExponent + arch::log2(sum));
 }
 
+// Of what every lane has summed over its rows.
+__device__ inline float sum_of_rows(float sum) {
+  for (int distance = 4; distance < 32; distance *= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  }
+  return sum;
+}
+
 // A stream's result to memory.
-template <class S>
-__device__ void store_partial(Output<S>& output, Softmax<S>& softmax, int v_group, int lane,
-                              Partial<S>& partial) {
+template <class S, class Groups>
+__device__ void store_partial(Output<S, Groups>& output, const Softmax<S>& softmax,
+                              const Groups& groups, int lane, Partial<S>& partial) {
   constexpr int kPartChannels = S::head_dim / S::V::v_parts;
   const int g = lane / 4, t = lane % 4;
   output.make_true();
@@ -60,10 +68,7 @@ __device__ void store_partial(Output<S>& output, Softmax<S>& softmax, int v_grou
   for (int n = 0; n < S::n_tiles; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      float sum = softmax.sum(e, n);
-      for (int distance = 4; distance < 32; distance *= 2) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-      }
+      const float sum = sum_of_rows(softmax.sum(e, n));
       const int column = 8 * n + 2 * t + e;
       if (g == 0) {
         partial.maximum[column] = softmax.maximum(e, n);
@@ -72,7 +77,9 @@ __device__ void store_partial(Output<S>& output, Softmax<S>& softmax, int v_grou
       float zero = 0.f;
 #pragma unroll
       for (int part = 0; part < S::V::v_parts; ++part) {
-        if (begins_group(part * kPartChannels, v_group)) zero = output.zero_sum[part](e, n);
+        if (begins_group(part * kPartChannels, groups.v_group())) {
+          zero = sum_of_rows(output.zero_sum[part % Output<S, Groups>::kZeroSums](e, n));
+        }
 #pragma unroll
         for (int tile = 0; tile < S::v_part_tiles; ++tile) {
           const int k = part * S::v_part_tiles + tile;
@@ -95,46 +102,113 @@ __device__ void copy_partial(const Partial<S>& from, Partial<S>& to, int lane) {
   }
 }
 
-// Merges a column of the partials.count() partials that partials.next() gives, in this order, by one
-// warp: four channels per lane, and every lane weighs all partials, since shuffles take longer. All
-// loads of a batch are under way before the first is used, and nothing branches.
-// store(channel, o, m, l): o, l relative to m.
-template <class S, class Partials, class Store>
-__device__ void merge_column(Partials partials, int column, const Store& store) {
-  constexpr int kBatch = Partials::kBatch;
-  const int channel = threadIdx.x % 32 * 4 % S::head_dim;
-  const int count = partials.count();
+// The columns of which four channels a lane fill a warp, and how many it merges together at most.
+template <class S>
+inline constexpr int kFewColumns = 128 / S::head_dim;
+inline constexpr int kManyColumns = 4;
+
+// Columns that a warp merges together. 32 / Columns lanes have a column each, and of it four channels
+// kParts times.
+template <class S, int Columns>
+struct MergedColumns {
+  static constexpr int kLanes = 32 / Columns;
+  static constexpr int kParts = S::head_dim / (4 * kLanes);
+
   float maximum = kMaximumFloor, sum = 0.f;
-  float4 o{0.f, 0.f, 0.f, 0.f};
-  for (int first = 0; first < count; first += kBatch) {
-    float4 more[kBatch];
-    float top[kBatch], weighed[kBatch];
+  float4 o[kParts] = {};  // relative to the maximum
+
+  static __device__ int column() { return arch::lane_id() / kLanes; }  // of the lane
+  static __device__ int channel(int part) { return 4 * (arch::lane_id() % kLanes + part * kLanes); }
+};
+
+// Partials of one segment in unit order: a bit each, and the pointer of bit i in lane i.
+template <class S>
+class PartialList {
+ public:
+  __device__ PartialList(unsigned entries, const Partial<S>* mine)
+      : rest_(entries), mine_(reinterpret_cast<std::uintptr_t>(mine)) {}
+  __device__ int count() const { return __popc(rest_); }
+  // The next one; the last one again and again.
+  __device__ const Partial<S>& next() {
+    const int entry = __ffs(static_cast<int>(rest_)) - 1;
+    if ((rest_ & (rest_ - 1)) != 0) rest_ &= rest_ - 1;
+    return *reinterpret_cast<const Partial<S>*>(__shfl_sync(0xffffffffu, mine_, entry));
+  }
+
+ private:
+  unsigned rest_;
+  std::uintptr_t mine_;
+};
+
+// Partials whose loads are under way together.
+template <int Columns>
+inline constexpr int kMergeBatch = Columns == kManyColumns ? 4 : 20;
+
+template <class S>
+__device__ float raise_maximum(PartialList<S> partials, int column, float maximum) {
+#pragma unroll 4
+  for (int rest = partials.count(); rest > 0; --rest) {
+    maximum = fmaxf(maximum, partials.next().maximum[column]);
+  }
+  return maximum;
+}
+
+// Adds the lane's column of the partials. Where there are more than a batch, merged.maximum is that
+// of all of them before the first is added: then the bits don't depend on how many columns the warp
+// merges. Every lane weighs all partials itself, since shuffles take longer.
+template <class S, int Columns>
+__device__ void merge_partials(PartialList<S> partials, int column,
+                               MergedColumns<S, Columns>& merged) {
+  using Merged = MergedColumns<S, Columns>;
+  constexpr int kFours = kMergeBatch<Columns> / 4;
+  float top[kFours][4], sum[kFours][4];
+  float4 o[kFours][4][Merged::kParts];
+  for (int count = partials.count(); count > 0; count -= 4 * kFours) {
+    float raised = merged.maximum;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const Partial<S>& part = partials.next();
-      top[i] = part.maximum[column];
-      weighed[i] = part.sum[column];
-      more[i] = *reinterpret_cast<const float4*>(&part.o[column][channel]);
+    for (int four = 0; four < kFours; ++four) {
+      if (4 * four >= count) break;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Partial<S>& partial = partials.next();
+        top[four][i] = partial.maximum[column];
+        sum[four][i] = partial.sum[column];
+#pragma unroll
+        for (int part = 0; part < Merged::kParts; ++part) {
+          const float& first = partial.o[column][Merged::channel(part)];
+          o[four][i][part] = reinterpret_cast<const float4&>(first);
+        }
+      }
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {  // those behind the last are the last again
-      if (first + i >= count) top[i] = -INFINITY;
+    for (int four = 0; four < kFours; ++four) {
+      if (4 * four >= count) break;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (4 * four + i >= count) top[four][i] = -INFINITY;  // the last one again
+        raised = fmaxf(raised, top[four][i]);
+      }
     }
-    float raised = maximum;
+    const float shrink = arch::exp2(merged.maximum - raised);
+    merged.maximum = raised;
+    merged.sum *= shrink;
+    for (float4& m : merged.o) m = {m.x * shrink, m.y * shrink, m.z * shrink, m.w * shrink};
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) raised = fmaxf(raised, top[i]);
-    const float shrink = arch::exp2(maximum - raised);
-    maximum = raised;
-    sum *= shrink;
-    o = {o.x * shrink, o.y * shrink, o.z * shrink, o.w * shrink};
+    for (int four = 0; four < kFours; ++four) {
+      if (4 * four >= count) break;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const float w = arch::exp2(top[i] - raised);
-      sum += w * weighed[i];
-      o = {o.x + w * more[i].x, o.y + w * more[i].y, o.z + w * more[i].z, o.w + w * more[i].w};
+      for (int i = 0; i < 4; ++i) {
+        const float w = arch::exp2(top[four][i] - raised);
+        merged.sum += w * sum[four][i];
+#pragma unroll
+        for (int part = 0; part < Merged::kParts; ++part) {
+          const float4& more = o[four][i][part];
+          float4& m = merged.o[part];
+          m = {m.x + w * more.x, m.y + w * more.y, m.z + w * more.z, m.w + w * more.w};
+        }
+      }
     }
   }
-  if (threadIdx.x % 32 * 4 < S::head_dim) store(channel, o, maximum, sum);
 }
 
 }  // namespace bitdecoding::decode

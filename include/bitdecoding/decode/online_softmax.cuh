@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The running softmax of one stream, exact, with a lazy maximum: it moves only when a score exceeds
-// it by the slack, so most items don't rescale. Weights leave as p = 2^(s - m + 11 - shift), where
-// m guards max s + e, e bounds log2 of the item's V scales, and the shift splits e between weights
-// and scales: neither p nor p * scale overflows fp16, and tokens far below a sink keep their bits.
+// it by the slack, so most items don't rescale. p = 2^(s - m + 11), where m guards max s + e and e
+// bounds log2 of the item's V scales: p * scale doesn't overflow fp16.
 #pragma once
 
 #include "bitdecoding/arch/sm80.cuh"
@@ -13,12 +12,6 @@ namespace bitdecoding::decode {
 inline constexpr float kWeightExponent = 11.f;  // a weight at the maximum is 2^11
 inline constexpr float kSlack = 4.f;            // and at most 2^15
 inline constexpr float kMaximumFloor = -0x1p100f;
-
-// Small scales are lifted wholly; of large ones the weights take one half, so that weights far below
-// a sink don't become subnormal.
-__device__ inline float weight_shift(float exponent) {
-  return exponent < 0.f ? -exponent : -floorf(0.5f * exponent);
-}
 
 template <class S>
 struct Softmax {
@@ -73,39 +66,42 @@ __device__ void update_maximum(const ScoreTensor<S, Blocks>& tSrS, const Scale& 
   }
 }
 
-// Scores to weights in B operand order; adds their sum.
+// Scores to p = 2^(s - m + 11), in place; adds their sum.
 template <class S, int Blocks, class Scale>
-__device__ void make_weights(const ScoreTensor<S, Blocks>& tSrS, const Scale& scale, float shift,
-                             Softmax<S>& softmax, WeightTensor<S, Blocks>& tOrP) {
-  const float unshift = __int_as_float((static_cast<int>(shift) + 127) << 23);
+__device__ void exponentiate(ScoreTensor<S, Blocks>& tSrS, const Scale& scale,
+                             Softmax<S>& softmax) {
 #pragma unroll
   for (int n = 0; n < S::n_tiles; ++n) {
-    float bias[2][2];
     float sum[2] = {0.f, 0.f};
 #pragma unroll
-    for (int half = 0; half < (Blocks + 1) / 2; ++half) {
+    for (int row = 0; row < 2 * Blocks; ++row) {
+      const int group = Scale::at(row / 2);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        bias[half][e] = scale.bias[Scale::at(2 * half)](e, n) +
-                        (kWeightExponent - shift - softmax.maximum(e, n));
+        float& s = tSrS(2 * (row % 2) + e, n, row / 2);
+        s = arch::exp2(s * scale.factor[group](e, n) +
+                       (scale.bias[group](e, n) + (kWeightExponent - softmax.maximum(e, n))));
+        sum[e] += s;
       }
     }
 #pragma unroll
-    for (int block = 0; block < Blocks; ++block) {
+    for (int e = 0; e < 2; ++e) softmax.sum(e, n) += sum[e];
+  }
+}
+
+// p in accumulator order to weights in B operand order; weight(row, p): what becomes of p of the
+// lane's token 8 * row + lane / 4.
+template <class S, int Blocks, class Weight>
+__device__ void make_operand(const ScoreTensor<S, Blocks>& tSrP, WeightTensor<S, Blocks>& tOrP,
+                             const Weight& weight) {
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        float p[2];
+  for (int row = 0; row < 2 * Blocks; ++row) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          p[e] = arch::exp2(tSrS(2 * u + e, n, block) * scale.factor[Scale::at(block)](e, n) +
-                            bias[block / 2][e]);
-          sum[e] += p[e];
-        }
-        tOrP(u, n, block) = arch::transpose_8x8(as_bits(__floats2half2_rn(p[0], p[1])));
-      }
+    for (int n = 0; n < S::n_tiles; ++n) {
+      const float even = weight(row, tSrP(2 * (row % 2), n, row / 2));
+      const float odd = weight(row, tSrP(2 * (row % 2) + 1, n, row / 2));
+      tOrP(row % 2, n, row / 2) = arch::transpose_8x8(as_bits(__floats2half2_rn(even, odd)));
     }
-#pragma unroll
-    for (int e = 0; e < 2; ++e) softmax.sum(e, n) += sum[e] * unshift;
   }
 }
 

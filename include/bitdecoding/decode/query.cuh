@@ -28,17 +28,21 @@ __device__ inline float2 widen_pair(std::uint32_t pair, ElementType type) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
-// The power of two that brings a column's largest magnitude to [32, 64).
-__device__ inline float column_power(float largest) {
+// The power of two that brings a column's largest magnitude to [32, 64): its exponent.
+__device__ inline int column_exponent(float largest) {
   const int exponent = (__float_as_int(largest) >> 23 & 0xff) - 127;
-  const int shift = min(max(5 - exponent, -100), 100);
-  return largest > 0.f ? __int_as_float((shift + 127) << 23) : 1.f;
+  return largest > 0.f ? min(max(5 - exponent, -100), 100) : 0;
 }
 
+// A segment's queries as they lie in memory, on their way to registers: pairs of channels.
 template <class S>
-__device__ void load_query(Query<S>& query, const DecodeProblem& p, int sequence, int kv_head,
-                           const QueryColumns& columns, int lane) {
+using QueryBits = QueryTensor<S>;
+
+template <class S>
+__device__ void load_query(const DecodeProblem& p, int sequence, int kv_head,
+                           const QueryColumns& columns, int lane, QueryBits<S>& bits) {
   const int g = lane / 4, t = lane % 4;
+#pragma unroll
   for (int n = 0; n < S::n_tiles; ++n) {
     const int column = columns.first + 8 * n + g;
     const bool real = column < columns.count;
@@ -47,37 +51,40 @@ __device__ void load_query(Query<S>& query, const DecodeProblem& p, int sequence
     const std::int64_t row =
         sequence * p.q_batch_stride + token * p.q_token_stride + head * p.q_head_stride;
     const auto* channels = static_cast<const std::uint16_t*>(p.q) + row + 2 * t;
-    std::uint32_t bits[S::tiles][2];  // all loads are under way before the first is used
 #pragma unroll
     for (int k = 0; k < S::tiles; ++k) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const auto* pair = reinterpret_cast<const std::uint32_t*>(channels + 16 * k + 8 * i);
-        bits[k][i] = real ? *pair : 0u;
+        bits(i, n, k) = real ? *pair : 0u;
       }
     }
-    float2 pairs[S::tiles][2];
+  }
+}
+
+template <class S>
+__device__ void set_query(Query<S>& query, const QueryBits<S>& bits, ElementType type,
+                          float softmax_scale, int lane) {
+  const int t = lane % 4;
+#pragma unroll
+  for (int n = 0; n < S::n_tiles; ++n) {
     float largest = 0.f;
 #pragma unroll
-    for (int k = 0; k < S::tiles; ++k) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        pairs[k][i] = widen_pair(bits[k][i], p.type);
-        largest = fmaxf(largest, fmaxf(fabsf(pairs[k][i].x), fabsf(pairs[k][i].y)));
-      }
+    for (int i = 0; i < 2 * S::tiles; ++i) {
+      const float2 pair = widen_pair(bits(i % 2, n, i / 2), type);
+      largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y)));
     }
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
     // A negative softmax scale turns the queries, so that the largest product is the largest score.
-    const float power = copysignf(column_power(largest), p.softmax_scale);
+    const int exponent = column_exponent(largest);
+    const float power = copysignf(power_of_two(exponent), softmax_scale);
 #pragma unroll
-    for (int k = 0; k < S::tiles; ++k) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        query.q(i, n, k) = as_bits(__floats2half2_rn(pairs[k][i].x * power, pairs[k][i].y * power));
-      }
+    for (int i = 0; i < 2 * S::tiles; ++i) {
+      const float2 pair = widen_pair(bits(i % 2, n, i / 2), type);
+      query.q(i % 2, n, i / 2) = as_bits(__floats2half2_rn(pair.x * power, pair.y * power));
     }
-    const float scale = p.softmax_scale * 1.44269504f / power;
+    const float scale = fabsf(softmax_scale) * 1.44269504f * power_of_two(-exponent);
     query.scale(0, n) = __shfl_sync(0xffffffffu, scale, 8 * t);      // column 2t: lane 4 * 2t
     query.scale(1, n) = __shfl_sync(0xffffffffu, scale, 8 * t + 4);  // column 2t + 1
   }
@@ -110,7 +117,8 @@ __device__ bool overflowed(const QueryTensor<S>& scaled) {
   for (int i = 0; i < cute::size(scaled); ++i) {
     largest = __hmax2(largest, __habs2(as_half2(scaled(i))));
   }
-  return __hisinf(__low2half(largest)) || __hisinf(__high2half(largest));
+  // Infinity is the only one of their bit patterns with a carry out of its exponent.
+  return ((as_bits(largest) + 0x04000400u) & 0x80008000u) != 0;
 }
 
 // Q' of a channel-axis group, the zero-points' share of every column's score, and the factor that
@@ -119,7 +127,8 @@ template <class S, class Vectors>
 __device__ void apply_channel_group(Query<S>& query, const Vectors& vectors, int lane,
                                     ColumnTensor<S>& factor, ColumnTensor<S>& bias) {
   const int t = lane % 4;
-  auto zero_sum = cute::make_tensor<float>(cute::Shape<_4, Int<S::n_tiles>>{});
+  // Two chains, so that an MMA needn't wait for the one before.
+  auto zero_sum = cute::make_tensor<float>(cute::Shape<_4, Int<S::n_tiles>, _2>{});
   cute::clear(zero_sum);
   const auto build = [&](const auto& shrink) {
 #pragma unroll
@@ -141,8 +150,8 @@ __device__ void apply_channel_group(Query<S>& query, const Vectors& vectors, int
     const uint4 zeros = vectors(t, piece, 1);
 #pragma unroll
     for (int n = 0; n < S::n_tiles; ++n) {
-      mma(zero_sum(_, n), {zeros.x, zeros.x, zeros.y, zeros.y}, query.q(_, n, 2 * piece));
-      mma(zero_sum(_, n), {zeros.z, zeros.z, zeros.w, zeros.w}, query.q(_, n, 2 * piece + 1));
+      mma(zero_sum(_, n, 0), {zeros.x, zeros.x, zeros.y, zeros.y}, query.q(_, n, 2 * piece));
+      mma(zero_sum(_, n, 1), {zeros.z, zeros.z, zeros.w, zeros.w}, query.q(_, n, 2 * piece + 1));
     }
   }
   build([](std::uint32_t q) { return q; });
@@ -158,7 +167,7 @@ __device__ void apply_channel_group(Query<S>& query, const Vectors& vectors, int
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       factor(e, n) = query.scale(e, n) * (kCodeFactor * unshrink);
-      bias(e, n) = zero_sum(e, n) * query.scale(e, n);
+      bias(e, n) = (zero_sum(e, n, 0) + zero_sum(e, n, 1)) * query.scale(e, n);
     }
   }
 }

@@ -10,20 +10,44 @@
 
 namespace bitdecoding::decode {
 
+// Where the bytes of a packed item lie in its page and in its stage, which is laid out like the
+// start of a page; flags of ItemTokens.
+struct alignas(16) PackedBytes {
+  int from = 0, to = 0, bytes = 0;
+  int flags = 0;
+};
+enum PackedItem { whole_page, first_of_page, second_of_page };
+
+constexpr PackedBytes packed_bytes(const layout::PageRecord& record, PackedItem item) {
+  const KvFormat& f = record.format();
+  // Groups span two chunks at most.
+  const bool second_begins = f.k_axis == KAxis::token || f.k_group <= kChunkTokens;
+  const int later = second_begins ? ItemTokens::later_groups : 0;
+  switch (item) {
+    case whole_page: return {0, 0, record.chunk(f.chunks()), ItemTokens::new_group | later};
+    case first_of_page: return {0, 0, record.chunk(1), ItemTokens::new_group};
+    default: break;
+  }
+  if (second_begins) return {record.chunk(1), 0, record.chunk(1), ItemTokens::new_group};
+  return {record.k_codes(1), record.k_codes(0), record.chunk(1) - record.k_codes(0), 0};
+}
+
 // What every warp of a launch is told.
 struct DecodeArguments {
   DecodeProblem problem;
   layout::PageRecord record;
+  PackedBytes packed[3];  // PackedItem
   BatchShape batch;
   int group = 1;         // query heads per KV head
   int columns = 1;       // query tokens * group
   int column_tiles = 1;  // of Config.query_columns
-  int warps = 0;         // per CTA
+  bool has_whole_groups = false;
+  int warps = 0;  // per CTA
   int stages = 0;
   int stage_bytes = 0;
   int page_bytes = 0;
   std::uint8_t* workspace = nullptr;
-  int* counters = nullptr;  // [CTAs], zero between launches
+  int* counters = nullptr;  // [CTAs][columns], zero between launches
   int* error_word = nullptr;
 };
 
@@ -32,8 +56,12 @@ inline constexpr int kMostStages = 4;
 template <DecodeConfig Config>
 using Loader = std::conditional_t<Config.arch == Arch::sm90, BulkLoader, AsyncLoader>;
 
+// What a warp keeps in shared memory: registers are for the arithmetic.
 struct WarpStorage {
-  alignas(16) Item items[kMostStages];  // what a stage holds
+  BatchShape batch;
+  Shares shares;                       // of the CTAs
+  SegmentPlace segments[kMostStages];  // what a stage holds
+  ItemTokens tokens[kMostStages];
   alignas(8) std::uint64_t barriers[kMostStages];
   CursorStorage cursor;
 };
@@ -42,17 +70,21 @@ struct WarpStorage {
 template <DecodeConfig Config>
 class Ring {
  public:
-  __device__ Ring(const DecodeArguments& a, const BatchShape& batch, std::uint8_t* stages,
-                  WarpStorage& storage, UnitRange range, int lane)
+  __device__ Ring(const DecodeArguments& a, std::uint8_t* stages, WarpStorage& storage, int lane)
       : a_(a),
-        batch_(batch),
         stages_(stages),
         storage_(storage),
         loader_(storage.barriers, a.stages, lane),
-        lane_(lane) {
+        lane_(lane) {}
+
+  // Where the warp's items begin; the ring fills from there.
+  __device__ ItemCursor start(UnitRange range, const BatchUnits& units) const {
     ItemCursor cursor = make_cursor();
-    cursor.start(range);
-    for (int i = 0; i < a.stages - 1; ++i) {
+    cursor.start(range, units);
+    return cursor;
+  }
+  __device__ void fill(ItemCursor& cursor) {
+    for (int i = 0; i < a_.stages - 1; ++i) {
       load(cursor);
       loader_.commit();
     }
@@ -64,7 +96,12 @@ class Ring {
   __device__ bool is_last() const { return held_ == 1; }
   __device__ int stage() const { return stage_; }
   // The oldest item; its bytes only after wait().
-  __device__ Item item() const { return storage_.items[stage_]; }
+  __device__ ItemTokens tokens() const { return storage_.tokens[stage_]; }
+  // Of the oldest item and of the one behind it, where they are last and first of a segment.
+  __device__ const SegmentPlace& segment() const { return storage_.segments[stage_]; }
+  __device__ const SegmentPlace& next_segment() const {
+    return storage_.segments[stage_ + 1 == a_.stages ? 0 : stage_ + 1];
+  }
   __device__ std::uint8_t* bytes() const { return stages_ + stage_ * a_.stage_bytes; }
   __device__ void wait() { loader_.wait(stage_, phase_, a_.stages); }
 
@@ -97,17 +134,20 @@ class Ring {
   static constexpr int kHeadDim = Config.page.head_dim;
 
   __device__ ItemCursor make_cursor() const {
-    return ItemCursor(a_.problem.cache, batch_, lane_, a_.error_word, storage_.cursor);
+    return ItemCursor(a_.problem.cache, storage_.batch, lane_, a_.error_word, storage_.cursor);
   }
 
   // The cursor's item, whatever it is.
   __device__ void load(ItemCursor& cursor) {
     if (cursor.done()) return;
+    const int stage = free_stage();
+    const ItemTokens tokens = cursor.tokens();
+    if (lane_ == 0) storage_.segments[stage] = cursor.segment();
     if (cursor.is_packed()) {
       cursor.find_page_ids();
-      load_packed(cursor.packed_run(), cursor.item());
+      load_packed(stage, cursor.packed_run(), tokens, (tokens.flags & ItemTokens::first) != 0);
     } else {
-      load_zone(cursor, cursor.item());
+      load_zone(stage, cursor, tokens);
     }
     cursor.advance();
   }
@@ -123,67 +163,62 @@ class Ring {
   }
 
   __device__ void load_plain() {
-    const Item item{.end = static_cast<std::int16_t>(batch_.items.packed_tokens),
-                    .flags = begins_k_group(a_.record.format(), batch_.items, plain_.index)
-                                 ? Item::new_group
-                                 : 0};
-    load_packed(plain_, item);
+    const auto end = static_cast<std::int16_t>(storage_.batch.items.packed_tokens);
+    load_packed(free_stage(), plain_, {0, end, 0}, false);
     --plain_items_;
     ++plain_.index;
   }
 
-  // A stage is laid out like the start of a page, whichever part of one the item is.
-  __device__ void load_packed(const PackedRun& run, Item item) {
-    const layout::PageRecord& record = a_.record;
-    const KvFormat& format = record.format();
-    const int page_log2 = batch_.items.packed_tokens < format.page_tokens ? 1 : 0;
+  // The warp's first item may lack the parameters of a group that begins in the chunk before.
+  __device__ void load_packed(int stage, const PackedRun& run, ItemTokens tokens, bool is_first) {
+    const int page_log2 = storage_.batch.items.packed_tokens < a_.record.format().page_tokens;
+    const int second = run.index & page_log2;  // of the page's two items
+    const PackedBytes& piece = a_.packed[page_log2 + second];
     int id = storage_.cursor.page_ids[(run.index >> page_log2) - run.pages_begin];
+    tokens.flags |= piece.flags;
     if (id < 0) {
       id = 0;
-      item.flags |= Item::bad_page;
+      tokens.flags |= ItemTokens::bad_page;
     }
     const PagedKvCache& c = a_.problem.cache;
     const std::uint8_t* page =
         c.pool + static_cast<std::int64_t>(id * c.num_kv_heads + run.kv_head) * a_.page_bytes;
-    const bool is_second = (run.index & page_log2) != 0;  // of the page's two items
-    const bool begins = begins_k_group(format, batch_.items, run.index);
-    const int offset = begins ? 0 : record.k_codes(0);
-    const int from = !is_second ? 0 : begins ? record.chunk(1) : record.k_codes(1);
-    const int bytes = record.chunk(batch_.items.packed_tokens / kChunkTokens) - offset;
-    const bool lacks_group = !begins && (item.flags & Item::first);
-    std::uint8_t* to = stages_ + load_stage_ * a_.stage_bytes;
-    loader_.load_packed(load_stage_, page + from, to + offset, bytes, lacks_group ? page : nullptr,
-                        to, record.k_codes(0));
-    loaded(item);
+    const bool lacks_group = is_first && piece.to > 0;
+    std::uint8_t* to = stages_ + stage * a_.stage_bytes;
+    loader_.load_packed(stage, page + piece.from, to + piece.to, piece.bytes,
+                        lacks_group ? page : nullptr, to, piece.to);
+    loaded(stage, tokens);
   }
 
-  __device__ void load_zone(const ItemCursor& cursor, const Item& item) {
+  __device__ void load_zone(int stage, const ItemCursor& cursor, const ItemTokens& tokens) {
     const PagedKvCache& c = a_.problem.cache;
     const auto rows = [&](int tensor) {
       return reinterpret_cast<const std::uint8_t*>(
           c.side + c.side_offset(c.slots[cursor.sequence()], cursor.kv_head(), tensor) +
           static_cast<std::int64_t>(cursor.zone_row()) * kHeadDim);
     };
-    loader_.template load_zone<kHeadDim>(load_stage_, rows(0), rows(1),
-                                         stages_ + load_stage_ * a_.stage_bytes);
-    loaded(item);
+    loader_.template load_zone<kHeadDim>(stage, rows(0), rows(1), stages_ + stage * a_.stage_bytes);
+    loaded(stage, tokens);
   }
 
-  __device__ void loaded(const Item& item) {
-    if (lane_ == 0) storage_.items[load_stage_] = item;
-    load_stage_ = load_stage_ + 1 == a_.stages ? 0 : load_stage_ + 1;
+  // The stage behind those that are held.
+  __device__ int free_stage() const {
+    const int stage = stage_ + held_;
+    return stage < a_.stages ? stage : stage - a_.stages;
+  }
+
+  __device__ void loaded(int stage, const ItemTokens& tokens) {
+    if (lane_ == 0) storage_.tokens[stage] = tokens;
     ++held_;
   }
 
   const DecodeArguments& a_;
-  const BatchShape& batch_;
   std::uint8_t* stages_;
   WarpStorage& storage_;
   Loader<Config> loader_;
   int lane_;
   int held_ = 0;
   int stage_ = 0, phase_ = 0;
-  int load_stage_ = 0;
   int plain_items_ = 0;
   PackedRun plain_;  // of the next plain item
 };

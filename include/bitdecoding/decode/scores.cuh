@@ -28,6 +28,9 @@ struct ScoreScale {
   }
 };
 
+// A lane's first accumulator row (token 8i + g) at or behind `token`.
+__device__ inline int first_row(int token, int lane) { return (token - lane / 4 + 7) >> 3; }
+
 // Eight fp16 of a lane's accumulator rows (token 8i + g), i = 2 * block + u.
 struct RowValues {
   uint4 bits;
@@ -39,33 +42,51 @@ struct RowValues {
   }
 };
 
-// acc (block) += codes of two 16-token blocks times Q', channel tiles [first, last). Two, so that
-// the MMAs of one needn't wait for each other.
-template <class S, class Units>
-__device__ void score_blocks(const Units& units, int first_block, int lane,
-                             const QueryTensor<S>& scaled, int first_tile, int last_tile,
-                             ScoreTensor<S, kChunkBlocks>& acc) {
+// acc (block) += codes of `Count` 16-token blocks times Q', channel tiles [first, last).
+template <int Count, class S, class Units>
+__device__ void score_few_blocks(const Units& units, int first_block, int lane,
+                                 const QueryTensor<S>& scaled, int first_tile, int last_tile,
+                                 ScoreTensor<S, kChunkBlocks>& acc) {
   constexpr int kTiles = S::K::tiles_per_word;
 #pragma unroll
   for (int unit = 0; unit < S::K::k_units; ++unit) {
     if ((unit + 1) * S::K::k_unit_words * kTiles <= first_tile) continue;
     if (unit * S::K::k_unit_words * kTiles >= last_tile) continue;
-    const auto even = units(lane, unit, first_block);
-    const auto odd = units(lane, unit, first_block + 1);
+    std::remove_cvref_t<decltype(units(0, 0, 0))> words[Count];
+#pragma unroll
+    for (int i = 0; i < Count; ++i) words[i] = units(lane, unit, first_block + i);
+    __syncwarp();  // all words are under way before the first MMA
 #pragma unroll
     for (int word = 0; word < S::K::k_unit_words; ++word) {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const int k = (unit * S::K::k_unit_words + word) * kTiles + tile;
         if (k < first_tile || k >= last_tile) continue;
-        const FragmentA a0 = k_fragment<S::page.k_bits>(even.word[word], tile);
-        const FragmentA a1 = k_fragment<S::page.k_bits>(odd.word[word], tile);
 #pragma unroll
-        for (int n = 0; n < S::n_tiles; ++n) {
-          mma(acc(_, n, first_block), a0, scaled(_, n, k));
-          mma(acc(_, n, first_block + 1), a1, scaled(_, n, k));
+        for (int i = 0; i < Count; ++i) {
+          const FragmentA tSrK = k_fragment<S::page.k_bits>(words[i].word[word], tile);
+#pragma unroll
+          for (int n = 0; n < S::n_tiles; ++n) {
+            mma(acc(_, n, first_block + i), tSrK, scaled(_, n, k));
+          }
         }
       }
+    }
+  }
+}
+
+// The same of blocks [first, last): four MMAs in turns, so that none waits for the one before.
+template <class S, class Units>
+__device__ void score_blocks(const Units& units, int first_block, int last_block, int lane,
+                             const QueryTensor<S>& scaled, int first_tile, int last_tile,
+                             ScoreTensor<S, kChunkBlocks>& acc) {
+  constexpr int kTurns = 4 / S::n_tiles;
+#pragma unroll
+  for (int block = first_block; block < last_block; block += kTurns) {
+    if (last_block - block >= kTurns) {
+      score_few_blocks<kTurns, S>(units, block, lane, scaled, first_tile, last_tile, acc);
+    } else {
+      score_few_blocks<2, S>(units, block, lane, scaled, first_tile, last_tile, acc);
     }
   }
 }
@@ -76,8 +97,9 @@ __device__ void score_channel_axis(const Page& page, const Groups& groups, Query
                                    bool new_group, int lane, ScoreTensor<S, kChunkBlocks>& tSrS,
                                    ScoreScale<S, Groups::kMostChunkGroups>& scale) {
   constexpr int kLast = Groups::kMostChunkGroups - 1;
+  constexpr int kBlocks = kChunkBlocks / Groups::kMostChunkGroups;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int half = 0; half < Groups::kMostChunkGroups; ++half) {
     if (half == 0 ? new_group : groups.chunk_groups() == 2) {
       const int group = half == 0 ? 0 : kLast;
       apply_channel_group<S>(query, page.k_group_vectors(half), lane, scale.factor[group],
@@ -87,7 +109,8 @@ __device__ void score_channel_axis(const Page& page, const Groups& groups, Query
         scale.bias[kLast] = scale.bias[0];
       }
     }
-    score_blocks<S>(page.k_units(0), 2 * half, lane, query.scaled, 0, S::tiles, tSrS);
+    score_blocks<S>(page.k_units(0), kBlocks * half, kBlocks * (half + 1), lane, query.scaled, 0,
+                    S::tiles, tSrS);
   }
 }
 
@@ -103,10 +126,8 @@ __device__ void score_token_axis(const Page& page, const Groups& groups, const Q
   cute::clear(zero_weight);
 #pragma unroll
   for (int span = 0; span < S::tiles / 2; ++span) {
-#pragma unroll
-    for (int block = 0; block < kChunkBlocks; block += 2) {
-      score_blocks<S>(page.k_units(0), block, lane, query.scaled, 2 * span, 2 * span + 2, partial);
-    }
+    score_blocks<S>(page.k_units(0), 0, kChunkBlocks, lane, query.scaled, 2 * span, 2 * span + 2,
+                    partial);
 #pragma unroll
     for (int i = 0; i < cute::size(zero_weight); ++i) zero_weight(i) += sums[span](i);
     if (!begins_group(32 * span + 32, groups.k_token_group())) continue;
@@ -154,29 +175,41 @@ __device__ void apply_norms(const Page& page, int lane, ScoreTensor<S, kChunkBlo
 template <class S>
 __device__ void score_zone(const std::uint8_t* rows, const Query<S>& query, int lane,
                            ScoreTensor<S, 1>& tSrS) {
+  FragmentA tSrK[S::tiles];
 #pragma unroll
   for (int k = 0; k < S::tiles; ++k) {
     const std::uint8_t* row =
         rows + lane % 16 * zone_row_bytes(S::head_dim) + 32 * k + lane / 16 * 16;
-    FragmentA a;
-    cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(row), a.a[0], a.a[1],
-                                  a.a[2], a.a[3]);
-#pragma unroll
-    for (int n = 0; n < S::n_tiles; ++n) mma(tSrS(_, n, 0), a, query.q(_, n, k));
+    auto& a = tSrK[k].a;
+    cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(row), a[0], a[1], a[2],
+                                  a[3]);
   }
+  __syncwarp();  // all rows are under way before the first MMA
+  auto odd = cute::make_tensor_like(tSrS);
+  cute::clear(odd);
+#pragma unroll
+  for (int k = 0; k < S::tiles; k += 2) {
+#pragma unroll
+    for (int n = 0; n < S::n_tiles; ++n) {
+      mma(tSrS(_, n, 0), tSrK[k], query.q(_, n, k));
+      mma(odd(_, n, 0), tSrK[k + 1], query.q(_, n, k + 1));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < cute::size(tSrS); ++i) tSrS(i) += odd(i);
 }
 
-// Rows outside [begin, end) of an item get -inf, whatever was there.
+// Tokens outside [begin, end) of an item get -inf, whatever was there.
 template <class S, int Blocks>
 __device__ void mask_scores(int begin, int end, int lane, ScoreTensor<S, Blocks>& tSrS) {
+  const int first = first_row(begin, lane), behind = first_row(end, lane);
 #pragma unroll
-  for (int block = 0; block < Blocks; ++block) {
+  for (int row = 0; row < 2 * Blocks; ++row) {
+    if (row >= first && row < behind) continue;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int token = 16 * block + lane / 4 + 8 * (e / 2);
-      if (token >= begin && token < end) continue;
-#pragma unroll
-      for (int n = 0; n < S::n_tiles; ++n) tSrS(e, n, block) = -INFINITY;
+    for (int n = 0; n < S::n_tiles; ++n) {
+      tSrS(2 * (row % 2), n, row / 2) = -INFINITY;
+      tSrS(2 * (row % 2) + 1, n, row / 2) = -INFINITY;
     }
   }
 }

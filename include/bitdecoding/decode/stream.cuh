@@ -17,25 +17,34 @@ class Stream {
   __device__ Stream(const DecodeArguments& a, const Groups& groups, int lane)
       : a_(a), groups_(groups), lane_(lane) {}
 
-  __device__ void begin_segment(const Item& item) {
-    const int tile = item.head % a_.column_tiles;
-    load_query<S>(query_, a_.problem, item.sequence, item.head / a_.column_tiles,
-                  {tile * S::columns, a_.columns, a_.group}, lane_);
+  // `head`: virtual, see SegmentPlace. The queries are on their way until begin_segment.
+  __device__ QueryBits<S> load_query(int sequence, int head) const {
+    const int kv_head = a_.column_tiles == 1 ? head : head / a_.column_tiles;
+    const int tile = head - kv_head * a_.column_tiles;
+    QueryBits<S> bits;
+    decode::load_query<S>(a_.problem, sequence, kv_head, {tile * S::columns, a_.columns, a_.group},
+                          arch::lane_id(), bits);
+    return bits;
+  }
+
+  __device__ void begin_segment(const QueryBits<S>& bits) {
+    set_query<S>(query_, bits, a_.problem.type, a_.problem.softmax_scale, arch::lane_id());
     if constexpr (S::page.k_axis == KAxis::token) prepare_token_axis();
     softmax_.reset();
     output_.reset();
   }
 
-  __device__ void attend(const Item& item, const std::uint8_t* bytes) {
-    if (item.flags & Item::zone) {
-      attend_zone(item, bytes);
+  __device__ void attend(const ItemTokens& tokens, std::uint8_t* bytes) {
+    if (tokens.flags & ItemTokens::zone) {
+      attend_zone(tokens.end, bytes);
     } else {
-      attend_packed(item, bytes);
+      attend_packed(tokens, bytes);
     }
   }
 
-  __device__ Output<S>& output() { return output_; }
-  __device__ Softmax<S>& softmax() { return softmax_; }
+  __device__ Output<S, Groups>& output() { return output_; }
+  __device__ const Softmax<S>& softmax() const { return softmax_; }
+  __device__ const Groups& groups() const { return groups_; }
 
  private:
   using Scale = ScoreScale<S, Groups::kMostChunkGroups>;
@@ -61,21 +70,22 @@ class Stream {
   }
 
   // The chunks of a packed item, one after the other.
-  __device__ void attend_packed(const Item& item, const std::uint8_t* bytes) {
-    bool new_group = item.flags & Item::new_group;
+  __device__ void attend_packed(const ItemTokens& tokens, std::uint8_t* bytes) {
+    bool new_group = tokens.flags & ItemTokens::new_group;
 #pragma unroll 1
-    for (int token = 0; token < item.end; token += kChunkTokens) {
-      attend_chunk(new_group, item.begin - token, bytes);
-      // The next chunk begins groups of its own unless one group spans the page.
-      new_group = a_.record.format().k_group <= kChunkTokens;
+    for (int token = 0; token < tokens.end; token += kChunkTokens) {
+      attend_chunk(new_group, tokens.begin - token, bytes);
+      new_group = tokens.flags & ItemTokens::later_groups;
       bytes += a_.record.chunk_stride();
     }
-    if (item.flags & Item::bad_page) cute::fill(softmax_.sum, NAN);
+    if (tokens.flags & ItemTokens::bad_page) cute::fill(softmax_.sum, NAN);
   }
 
   // Tokens before `begin` (of the chunk) are not attended to.
-  __device__ void attend_chunk(bool new_group, int begin, const std::uint8_t* bytes) {
-    const layout::PackedKvPage<S::page, const std::uint8_t> page(a_.record, bytes);
+  __device__ void attend_chunk(bool new_group, int begin, std::uint8_t* bytes) {
+    const layout::PackedKvPage<S::page, std::uint8_t> page(a_.record, bytes);
+    if (begin > 0) clear_values<S>(page, groups_, begin, arch::lane_id());
+    const int exponent = scale_exponent<S>(page, groups_, lane_);
     ScoreTensor<S, kChunkBlocks> tSrS;
     cute::clear(tSrS);
     if constexpr (S::page.k_axis == KAxis::channel) {
@@ -89,30 +99,28 @@ class Stream {
       apply_norms<S>(page, lane_, tSrS, scale_);
       scale.set_identity();
     }
-    if (begin > 0) mask_scores<S, kChunkBlocks>(begin, kChunkTokens, lane_, tSrS);
-    const float exponent = scale_exponent<S>(page, groups_, begin, lane_);
-    update_maximum<S, kChunkBlocks>(tSrS, scale, exponent, softmax_,
+    if (begin > 0) mask_scores<S, kChunkBlocks>(begin, kChunkTokens, arch::lane_id(), tSrS);
+    update_maximum<S, kChunkBlocks>(tSrS, scale, static_cast<float>(exponent), softmax_,
                                     [&](int e, int n, float f) { output_.rescale(e, n, f); });
-    const float shift = weight_shift(exponent);
-    WeightTensor<S, kChunkBlocks> tOrP;
-    make_weights<S, kChunkBlocks>(tSrS, scale, shift, softmax_, tOrP);
-    add_values<S>(page, groups_, tOrP, shift, begin, lane_, output_);
+    exponentiate<S, kChunkBlocks>(tSrS, scale, softmax_);
+    add_zeros<S>(page, groups_, tSrS, lane_, output_);
+    add_values<S>(page, groups_, tSrS, exponent, lane_, output_);
   }
 
-  __device__ void attend_zone(const Item& item, const std::uint8_t* bytes) {
+  __device__ void attend_zone(int end, std::uint8_t* bytes) {
+    const int lane = arch::lane_id();
     output_.make_true();
     ScoreTensor<S, 1> tSrS;
     cute::clear(tSrS);
-    score_zone<S>(bytes, query_, lane_, tSrS);
-    mask_scores<S, 1>(0, item.end, lane_, tSrS);
+    score_zone<S>(bytes, query_, lane, tSrS);
+    mask_scores<S, 1>(0, end, lane, tSrS);
     ScoreScale<S, 1> scale;
     scale.set_identity();
     scale.factor[0] = query_.scale;
     update_maximum<S, 1>(tSrS, scale, 0.f, softmax_,
                          [&](int e, int n, float f) { output_.rescale(e, n, f); });
-    WeightTensor<S, 1> tOrP;
-    make_weights<S, 1>(tSrS, scale, 0.f, softmax_, tOrP);
-    add_zone<S>(bytes + kZoneTokens * zone_row_bytes(S::head_dim), tOrP, item.end, lane_, output_);
+    exponentiate<S, 1>(tSrS, scale, softmax_);
+    add_zone<S>(bytes + kZoneTokens * zone_row_bytes(S::head_dim), tSrS, end, lane, output_);
   }
 
   const DecodeArguments& a_;
@@ -122,7 +130,7 @@ class Stream {
   ColumnTensor<S> sums_[S::tiles / 2];  // per-token K only
   Scale scale_;                         // of the current channel-axis groups
   Softmax<S> softmax_;
-  Output<S> output_;
+  Output<S, Groups> output_;
 };
 
 }  // namespace bitdecoding::decode

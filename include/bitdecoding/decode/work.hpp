@@ -73,7 +73,11 @@ struct UnitRange {
 // Units [0, total) in equal contiguous shares, the first ones a unit longer where they must be.
 class Shares {
  public:
-  constexpr Shares(int total, int count) : base_(total / count), longer_(total % count) {}
+  Shares() = default;
+  // Unsigned divisions take fewer instructions.
+  constexpr Shares(int total, int count)
+      : base_(static_cast<int>(static_cast<unsigned>(total) / static_cast<unsigned>(count))),
+        longer_(total - base_ * count) {}
 
   constexpr int begin(int share) const {
     return share * base_ + (share < longer_ ? share : longer_);
