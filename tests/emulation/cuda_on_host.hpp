@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+// What device code calls, for a host compiler: CUDA's built-ins and CuTe's atoms, on the Machine.
+// Include it before any .cuh.
+//
+// No macro renames anything: kernels live in bitdecoding::decode, and names are looked up from the
+// inside to the outside. CUDA's built-ins, which a host compiler lacks, are declared in
+// bitdecoding. `cute` and `cutlass` are namespaces of bitdecoding::decode: they declare anew what
+// is PTX inside, and find everything else in the global ones by a using-directive.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cute/tensor.hpp>
+
+#include <cutlass/arch/barrier.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "machine.hpp"
+#include "warp_operations.hpp"
+
+#define __launch_bounds__(...)  // an attribute: nothing that could be declared
+
+namespace bitdecoding {
+
+// ---- where a thread is ----
+template <int (emulation::Machine::*Read)() const>
+struct Coordinates {
+  struct {
+    operator unsigned() const { return static_cast<unsigned>((emulation::machine()->*Read)()); }
+  } x;
+};
+inline constexpr Coordinates<&emulation::Machine::thread> threadIdx;
+inline constexpr Coordinates<&emulation::Machine::threads> blockDim;
+inline constexpr Coordinates<&emulation::Machine::cta> blockIdx;
+inline constexpr Coordinates<&emulation::Machine::ctas> gridDim;
+
+// ---- barriers, shuffles, votes: always of whole warps ----
+inline void __syncthreads() { emulation::machine()->sync_threads(); }
+inline void __syncwarp() { emulation::sync_warp(); }
+
+inline void require_whole_warp(unsigned mask) {
+  emulation::require(mask == 0xffffffffu, "an operation of less than a warp");
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source) {
+  require_whole_warp(mask);
+  return emulation::shuffle("__shfl_sync", value, source % emulation::kLanes);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int distance) {
+  require_whole_warp(mask);
+  return emulation::shuffle("__shfl_up_sync", value, emulation::machine()->lane() - distance);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+  require_whole_warp(mask);
+  return emulation::shuffle("__shfl_xor_sync", value, emulation::machine()->lane() ^ distance);
+}
+inline unsigned __ballot_sync(unsigned mask, bool holds) {
+  require_whole_warp(mask);
+  return emulation::reduce("__ballot_sync", holds,
+                           [](unsigned all, unsigned one, int lane) { return all | one << lane; });
+}
+inline bool __any_sync(unsigned mask, bool holds) {
+  require_whole_warp(mask);
+  return emulation::reduce("__any_sync", holds,
+                           [](unsigned all, unsigned one, int) { return all | one; }) != 0;
+}
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  require_whole_warp(mask);
+  return emulation::reduce("__reduce_add_sync", value,
+                           [](unsigned all, unsigned one, int) { return all + one; });
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  require_whole_warp(mask);
+  return emulation::reduce("__reduce_max_sync", value,
+                           [](unsigned all, unsigned one, int) { return std::max(all, one); });
+}
+
+// ---- one thread's ----
+inline int atomicCAS(int* address, int expected, int desired) {
+  const int before = *address;
+  if (before == expected) *address = desired;
+  emulation::machine()->pass();
+  return before;
+}
+using std::max;
+using std::min;
+constexpr int __popc(unsigned bits) { return std::popcount(bits); }
+constexpr int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)); }
+constexpr int __ffs(int bits) {
+  return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1;
+}
+constexpr int __float_as_int(float value) { return std::bit_cast<int>(value); }
+constexpr float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
+constexpr float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+// Byte i of the result is the byte of b:a that hexadecimal digit i of the selector names.
+constexpr unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const std::uint64_t bytes = a | static_cast<std::uint64_t>(b) << 32;
+  unsigned chosen = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned byte = selector >> 4 * i & 7;
+    chosen |= static_cast<unsigned>(bytes >> 8 * byte & 0xff) << 8 * i;
+  }
+  return chosen;
+}
+
+namespace decode {
+
+namespace cute {
+
+using namespace ::cute;
+
+// ---- matrices ----
+struct SM80_16x8x16_F32F16F16F32_TN {
+  static void fma(float& d0, float& d1, float& d2, float& d3, std::uint32_t a0, std::uint32_t a1,
+                  std::uint32_t a2, std::uint32_t a3, std::uint32_t b0, std::uint32_t b1, float c0,
+                  float c1, float c2, float c3) {
+    emulation::MmaTurn mine{{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
+    emulation::machine()->meet("mma", mine, emulation::multiply_matrices);
+    d0 = mine.c[0];
+    d1 = mine.c[1];
+    d2 = mine.c[2];
+    d3 = mine.c[3];
+  }
+};
+
+template <bool Transposed>
+struct LoadMatrices {
+  static void copy(const uint128_t& row, std::uint32_t& a, std::uint32_t& b, std::uint32_t& c,
+                   std::uint32_t& d) {
+    const auto fragments = emulation::load_matrices(&row, Transposed);
+    a = fragments[0];
+    b = fragments[1];
+    c = fragments[2];
+    d = fragments[3];
+  }
+};
+using SM75_U32x4_LDSM_N = LoadMatrices<false>;
+using SM75_U16x8_LDSM_T = LoadMatrices<true>;
+
+// ---- cp.async ----
+template <class Piece>
+struct SM80_CP_ASYNC_CACHEGLOBAL {
+  static void copy(const Piece& from, Piece& to) {
+    emulation::machine()->copy_piece(&from, &to, sizeof(Piece));
+  }
+};
+inline void cp_async_fence() { emulation::machine()->commit_pieces(); }
+template <int Pending>
+void cp_async_wait() {
+  emulation::machine()->await_pieces(Pending);
+}
+
+// ---- mbarriers and bulk copies ----
+inline bool elect_one_sync() { return emulation::elect_one(); }
+inline void initialize_barrier(std::uint64_t& barrier, int arrivals) {
+  emulation::machine()->begin_barrier(&barrier, arrivals);
+}
+inline void set_barrier_transaction_bytes(std::uint64_t& barrier, int bytes) {
+  emulation::machine()->arrive(&barrier, bytes);
+}
+inline void arrive_barrier(std::uint64_t& barrier) { emulation::machine()->arrive(&barrier, 0); }
+inline void wait_barrier(std::uint64_t& barrier, int parity) {
+  emulation::machine()->await_phase(&barrier, parity);
+}
+struct SM90_BULK_COPY_G2S {
+  static void copy(const void* from, std::uint64_t* barrier, void* to, int bytes) {
+    emulation::machine()->copy_bulk(from, to, bytes, barrier);
+  }
+};
+
+}  // namespace cute
+
+// One thread runs at a time and sees what the others have written: fences have nothing to order.
+namespace cutlass::arch {
+inline void fence_barrier_init() {}
+inline void fence_view_async_shared() {}
+}  // namespace cutlass::arch
+
+}  // namespace decode
+}  // namespace bitdecoding

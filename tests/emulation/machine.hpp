@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0
+// A GPU as kernels see it: a grid of CTAs whose threads are fibers. Lanes meet in the operations of
+// their warp, threads at the barrier of their CTA; copies land in shared memory when they please.
+// What a GPU would answer with anything from a hang to wrong numbers throws here.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <random>
+#include <stdexcept>
+#include <string_view>
+#include <vector>
+
+#include "fibers.hpp"
+#include "guarded_array.hpp"
+
+namespace bitdecoding::emulation {
+
+inline constexpr int kLanes = 32;
+
+// When copies land that nobody waits for yet.
+enum class Landing { at_once, at_any_time, when_awaited };
+
+struct Grid {
+  int ctas = 1;
+  int threads = kLanes;  // of a CTA
+  int shared_bytes = 0;  // of a CTA
+};
+
+inline void require(bool holds, const char* rule) {
+  if (!holds) throw std::runtime_error(rule);
+}
+inline bool is_aligned(const void* address, int bytes) {
+  return reinterpret_cast<std::uintptr_t>(address) % static_cast<unsigned>(bytes) == 0;
+}
+
+class Machine;
+// The one whose kernel runs.
+inline Machine*& machine() {
+  static Machine* running = nullptr;
+  return running;
+}
+
+class Machine {
+ public:
+  // Called by every thread with the shared memory of its CTA.
+  using Kernel = std::function<void(std::uint8_t* shared)>;
+
+  // `late_cta` begins when the others can't go on; -1: none.
+  Machine(const Grid& grid, Landing landing, int late_cta, std::mt19937& random)
+      : grid_(grid),
+        landing_(landing),
+        late_cta_(late_cta),
+        random_(random),
+        fibers_(grid.ctas * grid.threads, random),
+        warps_(grid.ctas * grid.threads / kLanes),
+        threads_(grid.ctas * grid.threads) {
+    for (int cta = 0; cta < grid.ctas; ++cta) ctas_.emplace_back(grid.shared_bytes);
+  }
+
+  void run(const Kernel& kernel) {
+    machine() = this;
+    fibers_.run(
+        [&](int fiber) {
+          kernel(ctas_[fiber / grid_.threads].shared.data());
+          require(threads_[fiber].pieces.empty(), "a thread ends before its cp.async have landed");
+        },
+        [&](bool all_wait) { return land_one(all_wait); },
+        late_cta_ < 0 ? std::pair(0, 0)
+                      : std::pair(late_cta_ * grid_.threads, (late_cta_ + 1) * grid_.threads));
+    require(bulk_copies_.empty(), "the grid ends before its bulk copies have landed");
+  }
+
+  int ctas() const { return grid_.ctas; }
+  int threads() const { return grid_.threads; }  // of a CTA
+  int cta() const { return fibers_.current() / grid_.threads; }
+  int thread() const { return fibers_.current() % grid_.threads; }
+  int lane() const { return thread() % kLanes; }
+
+  // ---- meetings ----
+  // All lanes of a warp come to `operation`; then `act` sees the arguments of all, once.
+  template <class Argument, class Act>
+  void meet(std::string_view operation, Argument& mine, const Act& act) {
+    Warp& warp = warps_[fibers_.current() / kLanes];
+    if (warp.arrived == 0) warp.operation = operation;
+    require(warp.operation == operation, "lanes of a warp are at different operations");
+    warp.arguments[lane()] = &mine;
+    if (++warp.arrived < kLanes) return fibers_.wait();
+    std::array<Argument*, kLanes> lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<Argument*>(warp.arguments[i]);
+    act(lanes);
+    warp.arrived = 0;
+    release(fibers_.current() - lane(), kLanes);
+  }
+  void sync_threads() {
+    Cta& mine = ctas_[cta()];
+    if (++mine.arrived < grid_.threads) return fibers_.wait();
+    mine.arrived = 0;
+    release(cta() * grid_.threads, grid_.threads);
+  }
+  // Others may come first.
+  void pass() { fibers_.pass(); }
+  int draw(int below) { return static_cast<int>(random_() % static_cast<unsigned>(below)); }
+
+  // Shared memory that an instruction names by address.
+  void require_shared(const void* address, int bytes, int alignment) {
+    const GuardedArray<std::uint8_t>& shared = ctas_[cta()].shared;
+    const auto* first = static_cast<const std::uint8_t*>(address);
+    require(first >= shared.begin() && first + bytes <= shared.end(), "not in shared memory");
+    require(is_aligned(address, alignment), "misaligned in shared memory");
+  }
+
+  // ---- cp.async ----
+  void copy_piece(const void* from, void* to, int bytes) {
+    require_shared(to, bytes, bytes);
+    require(is_aligned(from, bytes), "cp.async from a misaligned address");
+    Thread& mine = threads_[fibers_.current()];
+    const Piece piece{from, to, bytes, mine.groups};
+    if (lands_at_once()) return piece.land();
+    piece.poison();
+    mine.pieces.push_back(piece);
+  }
+  void commit_pieces() { ++threads_[fibers_.current()].groups; }
+  // Of the groups that the thread has committed, all but the newest `pending` land.
+  void await_pieces(int pending) {
+    Thread& mine = threads_[fibers_.current()];
+    std::erase_if(mine.pieces, [&](const Piece& piece) {
+      const bool lands = pending == 0 || piece.group < mine.groups - pending;
+      if (lands) piece.land();
+      return lands;
+    });
+  }
+
+  // ---- mbarrier, and bulk copies that complete its phases ----
+  void begin_barrier(const std::uint64_t* word, int arrivals) {
+    require_shared(word, 8, 8);
+    Cta& mine = ctas_[cta()];
+    require(mine.barriers.emplace(word, Barrier{arrivals, arrivals}).second,
+            "an mbarrier is initialised twice");
+  }
+  void arrive(const std::uint64_t* word, int expected_bytes) {
+    Barrier& barrier = barrier_at(word);
+    require(barrier.missing > 0, "more arrivals at an mbarrier than its phase has");
+    --barrier.missing;
+    barrier.missing_bytes += expected_bytes;
+    complete(barrier);
+  }
+  // Until the phase of this parity is over.
+  void await_phase(const std::uint64_t* word, int parity) {
+    Barrier& barrier = barrier_at(word);
+    while (barrier.parity == parity) {
+      barrier.waiting.push_back(fibers_.current());
+      fibers_.wait();
+    }
+  }
+  void copy_bulk(const void* from, void* to, int bytes, const std::uint64_t* word) {
+    require(bytes > 0 && bytes % 16 == 0, "a bulk copy of other than multiples of 16 bytes");
+    require_shared(to, bytes, 16);
+    require(is_aligned(from, 16), "a bulk copy from a misaligned address");
+    touch(from, bytes);
+    const BulkCopy copy{{from, to, bytes, 0}, &barrier_at(word)};
+    if (lands_at_once()) return land(copy);
+    copy.piece.poison();
+    bulk_copies_.push_back(copy);
+  }
+
+ private:
+  struct Piece {
+    const void* from;
+    void* to;
+    int bytes;
+    int group;  // of the thread's cp.async
+
+    void land() const { std::memcpy(to, from, static_cast<std::size_t>(bytes)); }
+    // What was there is lost, and what comes is not there yet.
+    void poison() const { std::memset(to, 0xff, static_cast<std::size_t>(bytes)); }
+  };
+  struct Thread {
+    std::vector<Piece> pieces;
+    int groups = 0;  // committed
+  };
+  struct Warp {
+    std::string_view operation;
+    int arrived = 0;
+    std::array<void*, kLanes> arguments;
+  };
+  struct Barrier {
+    int arrivals;  // of a phase
+    int missing;
+    int missing_bytes = 0;
+    int parity = 0;
+    std::vector<int> waiting = {};  // fibers
+  };
+  struct BulkCopy {
+    Piece piece;
+    Barrier* barrier;
+  };
+  struct Cta {
+    explicit Cta(int shared_bytes) : shared(static_cast<std::size_t>(shared_bytes)) {
+      shared.poison();
+    }
+
+    GuardedArray<std::uint8_t> shared;
+    int arrived = 0;
+    std::map<const std::uint64_t*, Barrier> barriers;
+  };
+
+  // Ends this turn if the memory is inaccessible, and not the program when the copy lands.
+  static void touch(const void* memory, int bytes) {
+    const auto* first = static_cast<const volatile std::uint8_t*>(memory);
+    (void)first[0];
+    (void)first[bytes - 1];
+  }
+
+  // Everybody may go on; whether this thread goes first is left to chance.
+  void release(int first, int count) {
+    for (int fiber = first; fiber < first + count; ++fiber) {
+      if (fiber != fibers_.current()) fibers_.wake(fiber);
+    }
+    if (draw(2) == 0) pass();
+  }
+
+  Barrier& barrier_at(const std::uint64_t* word) {
+    const auto found = ctas_[cta()].barriers.find(word);
+    require(found != ctas_[cta()].barriers.end(), "an mbarrier is used before it is initialised");
+    return found->second;
+  }
+  void complete(Barrier& barrier) {
+    if (barrier.missing > 0 || barrier.missing_bytes != 0) return;
+    barrier.missing = barrier.arrivals;
+    barrier.parity ^= 1;
+    for (const int fiber : barrier.waiting) fibers_.wake(fiber);
+    barrier.waiting.clear();
+  }
+
+  bool lands_at_once() {
+    return landing_ == Landing::at_once || (landing_ == Landing::at_any_time && draw(2) == 0);
+  }
+  void land(const BulkCopy& copy) {
+    copy.piece.land();
+    copy.barrier->missing_bytes -= copy.piece.bytes;
+    complete(*copy.barrier);
+  }
+  // Between turns. Returns whether a copy has landed.
+  bool land_one(bool all_wait) {
+    if (bulk_copies_.empty()) return false;
+    const bool is_time = landing_ == Landing::at_any_time && draw(kTurnsOfCopy) == 0;
+    if (!all_wait && !is_time) return false;
+    std::swap(bulk_copies_[draw(static_cast<int>(bulk_copies_.size()))], bulk_copies_.back());
+    const BulkCopy copy = bulk_copies_.back();
+    bulk_copies_.pop_back();
+    land(copy);
+    return true;
+  }
+
+  static constexpr int kTurnsOfCopy = 1000;  // a copy lands about as often
+
+  Grid grid_;
+  Landing landing_;
+  int late_cta_;
+  std::mt19937& random_;
+  Fibers fibers_;
+  std::vector<Cta> ctas_;
+  std::vector<Warp> warps_;
+  std::vector<Thread> threads_;
+  std::vector<BulkCopy> bulk_copies_;  // under way
+};
+
+}  // namespace bitdecoding::emulation
