@@ -106,8 +106,8 @@ inline void draw_launch(const decode::DecodeConfig& config, Batch batch, Draw& d
     c.ctas = draw.between(21, 30);
     c.warps = draw.between(1, 2);
   } else if (batch == Batch::two_for_many_ctas) {
-    // A CTA that has two segments merges four columns at a time, the others one: whichever is last
-    // merges a segment's partials, and must come to the same bits.
+    // At head_dim 128, a CTA that has two segments merges four columns at a time, the others one:
+    // whichever is last merges a segment's partials, and must come to the same bits.
     c.in_steps = false;  // sums that are rounded
     c.ctas = draw.between(12, 16);
     c.late_ctas = c.ctas;

@@ -23,7 +23,8 @@ struct CtaStorage {
 };
 
 // Starts what would otherwise be waited for one after the other while the lengths are being read:
-// queries and block table come to the L2 cache, and the SM learns the addresses of all arrays.
+// queries and block table come to the L2 cache, and the SM learns the addresses of the arrays, one
+// per warp.
 __device__ inline void prefetch_inputs(const DecodeArguments& a) {
   constexpr int kLine = 128;
   const DecodeProblem& p = a.problem;
