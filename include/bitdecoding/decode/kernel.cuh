@@ -61,13 +61,13 @@ class DecodeCta {
   __device__ DecodeCta(const DecodeArguments& a, std::uint8_t* smem) : a_(a), smem_(smem) {}
 
   __device__ __forceinline__ void run() {
-    const BatchUnits units = choose_items();
-    const int ctas = active_ctas(units.total, gridDim.x);
-    if (units.total > 0 && static_cast<int>(blockIdx.x) < ctas) {
+    const BatchItems items = choose_items();
+    const int ctas = active_ctas(items.total, gridDim.x);
+    if (items.total > 0 && static_cast<int>(blockIdx.x) < ctas) {
       if (a_.has_whole_groups) {
-        stream(WholeGroups<S::head_dim>{}, units);
+        stream(WholeGroups<S::head_dim>{}, items);
       } else {
-        stream(AnyGroups{a_.problem.cache.format}, units);
+        stream(AnyGroups{a_.problem.cache.format}, items);
       }
       __syncthreads();
       merge_warps();
@@ -85,28 +85,28 @@ class DecodeCta {
   }
   __device__ static int warp_id() { return arch::thread_id() / 32; }
 
-  // Chunks are items, or pages where every warp gets many; counts the units of the batch.
-  __device__ BatchUnits choose_items() {
-    constexpr int kFewUnits = 16;  // of a warp
+  // Chunks are items, or pages where every warp gets many: then a 16-bit tile takes as long as a page.
+  __device__ BatchItems choose_items() {
+    constexpr int kFewItems = 16;  // chunks of a warp
     const PagedKvCache& cache = a_.problem.cache;
     const int lane = arch::lane_id();
     BatchShape batch = a_.batch;
-    batch.items = ItemShape{};
+    batch.item_tokens = kChunkTokens;
     const SequenceState first = load_first_state(cache, lane);
     prefetch_inputs(a_);
-    BatchUnits units = count_units(cache, batch, lane, first);
-    const bool can_be_pages = a_.batch.items.packed_tokens > kChunkTokens;
-    if (can_be_pages && units.total >= kFewUnits * static_cast<int>(gridDim.x) * a_.warps) {
-      batch.items = a_.batch.items;
-      units = count_units(cache, batch, lane, first);
+    BatchItems items = count_items(cache, batch, lane, first);
+    const bool can_be_pages = a_.batch.item_tokens > kChunkTokens;
+    if (can_be_pages && items.total >= kFewItems * static_cast<int>(gridDim.x) * a_.warps) {
+      batch.item_tokens = a_.batch.item_tokens;
+      items = count_items(cache, batch, lane, first);
     }
     if (lane == 0) {
       WarpStorage& mine = storage(warp_id());
       mine.batch = batch;
-      mine.shares = Shares(units.total, active_ctas(units.total, gridDim.x));
+      mine.shares = Shares(items.total, active_ctas(items.total, gridDim.x));
     }
     __syncwarp();
-    return units;
+    return items;
   }
 
   __device__ Partial<S>* inner_partial(int warp) const {
@@ -124,15 +124,15 @@ class DecodeCta {
   }
 
   template <class Groups>
-  __device__ void stream(const Groups& groups, const BatchUnits& units) {
+  __device__ void stream(const Groups& groups, const BatchItems& items) {
     const int warp = warp_id(), lane = arch::lane_id();
-    const UnitRange share = storage(warp).shares.range(blockIdx.x);
-    UnitRange range = Shares(share.end - share.begin, a_.warps).range(warp);
+    const ItemRange share = storage(warp).shares.range(blockIdx.x);
+    ItemRange range = Shares(share.end - share.begin, a_.warps).range(warp);
     range = {share.begin + range.begin, share.begin + range.end};
     if (lane < 2) cta_storage().partials[warp][lane].sequence = -1;
     Ring<Config> ring(a_, ring_bytes(warp), storage(warp), lane);
     Stream<Config, Groups> stream(a_, groups, lane);
-    ItemCursor cursor = ring.start(range, units);
+    ItemCursor cursor = ring.start(range, items);
     if (cursor.done()) return;
     // Queries are on their way while the ring fills, or while the segment before is finished.
     const QueryBits<S> bits = stream.load_query(cursor.sequence(), cursor.head());
@@ -301,7 +301,7 @@ class DecodeCta {
     const int column = min(first_column + Merged::column(), columns - 1);
     bool is_mine = first_column + Merged::column() < columns;
     const Shares shares = storage(warp_id()).shares;
-    const UnitRange share = shares.range(blockIdx.x);
+    const ItemRange share = shares.range(blockIdx.x);
     const bool began = segment.begin >= share.begin;
     bool is_whole = began && segment.last < share.end;
     int first = 0, ctas = 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Partial attention of a segment and how partials become the output. A partial is m (log2 domain),
-// l = sum 2^(s - m) and O of the same scale; merging is associative, and always in unit order.
+// l = sum 2^(s - m) and O of the same scale; merging is associative, and always in the items' order.
 //   memory   float o[columns][D + 8], m[columns], l[columns]
 #pragma once
 
@@ -115,7 +115,7 @@ struct MergedColumns {
   static __device__ int channel(int part) { return 4 * (arch::lane_id() % kLanes + part * kLanes); }
 };
 
-// Partials of one segment in unit order: a bit each, and the pointer of bit i in lane i.
+// Partials of one segment in the items' order: a bit each, and the pointer of bit i in lane i.
 template <class S>
 class PartialList {
  public:
