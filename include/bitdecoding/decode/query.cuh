@@ -16,7 +16,7 @@ struct Query;
 // Of q over every 32 channels, for per-token K.
 template <class S>
 using QuerySums = ColumnTensor<S>[S::tiles / 2];
-inline constexpr FragmentA kOnes{{0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u}};
+__device__ inline FragmentA ones() { return {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u}; }
 
 // Which query a column is: (query token, head of the group), heads fastest.
 struct QueryColumns {

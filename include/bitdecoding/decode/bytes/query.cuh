@@ -94,8 +94,8 @@ __device__ void sum_query(const QueryTensor<S>& q, QuerySums<S>& sums) {
   for (int pair = 0; pair < S::own_tiles / 2; ++pair) {
     auto sum = cute::make_tensor<float>(cute::Shape<_4>{});
     cute::clear(sum);
-    mma(sum, kOnes, q(_, 0, 2 * pair));
-    mma(sum, kOnes, q(_, 0, 2 * pair + 1));
+    mma(sum, ones(), q(_, 0, 2 * pair));
+    mma(sum, ones(), q(_, 0, 2 * pair + 1));
     sums[pair](0) = sum(0);
     sums[pair + S::own_tiles / 2](0) = sum(1);
   }

@@ -31,8 +31,8 @@ __device__ void sum_query(const QueryTensor<S>& q, QuerySums<S>& sums) {
     for (int n = 0; n < S::n_tiles; ++n) {
       auto sum = cute::make_tensor<float>(cute::Shape<_4>{});
       cute::clear(sum);
-      mma(sum, kOnes, q(_, n, 2 * pair));
-      mma(sum, kOnes, q(_, n, 2 * pair + 1));
+      mma(sum, ones(), q(_, n, 2 * pair));
+      mma(sum, ones(), q(_, n, 2 * pair + 1));
       take_columns<S>(sum, n, sums[pair]);
     }
   }
