@@ -60,6 +60,7 @@ struct BatchItems {
   int run = 1;
   int mine = 0;
   int total = 0;
+  SequenceState first;  // of the lane's first sequence
 };
 __device__ inline int sequences_run(const PagedKvCache& cache) { return (cache.batch + 31) / 32; }
 
@@ -71,7 +72,7 @@ __device__ inline SequenceState load_first_state(const PagedKvCache& cache, int 
 // `state`: load_first_state's. Each of the others is on its way while the one before is counted.
 __device__ inline BatchItems count_items(const PagedKvCache& cache, const BatchShape& shape,
                                          int lane, SequenceState state) {
-  BatchItems items{sequences_run(cache)};
+  BatchItems items{sequences_run(cache), 0, 0, state};
   const int begin = lane * items.run, end = min(begin + items.run, cache.batch);
   for (int sequence = begin; sequence < end; ++sequence) {
     const SequenceState next = load_state(cache, min(sequence + 1, cache.batch - 1));
@@ -254,11 +255,21 @@ class ItemCursor {
       s_.sequence += found;
     }
     if (s_.sequence >= cache_.batch) return;  // lengths have changed since they were counted
-    s_.segment = load_segment(s_.sequence);
+    s_.segment = find_segment_of(items);
     s_.head = static_cast<int>(static_cast<unsigned>(s_.range.begin - s_.segment_begin) /
                                static_cast<unsigned>(s_.segment.items()));
     s_.segment_begin += s_.head * s_.segment.items();
     enter_segment();
+  }
+
+  // Of s_.sequence, which has items.
+  __device__ SegmentItems find_segment_of(const BatchItems& items) const {
+    if (items.run > 1) return load_segment(s_.sequence);
+    const auto at_hand = [&](int of_lane) {
+      return __shfl_sync(0xffffffffu, of_lane, s_.sequence);
+    };
+    return segment_items(at_hand(items.first.length), at_hand(items.first.packed),
+                         cache_.keep_first, shape_.item_tokens);
   }
 
   __device__ void next_sequence() {

@@ -42,6 +42,14 @@ struct RowValues {
   }
 };
 
+__device__ inline RowValues larger(const RowValues& a, const RowValues& b) {
+  const auto larger_pair = [](std::uint32_t x, std::uint32_t y) {
+    return as_bits(__hmax2(as_half2(x), as_half2(y)));
+  };
+  return {{larger_pair(a.bits.x, b.bits.x), larger_pair(a.bits.y, b.bits.y),
+           larger_pair(a.bits.z, b.bits.z), larger_pair(a.bits.w, b.bits.w)}};
+}
+
 // Per-channel K: a chunk is one group, part of one, or two of 32 tokens.
 template <class S, class Groups, class Page>
 __device__ void score_channel_axis(const Page& page, const Groups& groups, Query<S>& query,
