@@ -53,7 +53,8 @@ __device__ inline void prefetch_inputs(const DecodeArguments& a) {
   }
 }
 
-template <DecodeConfig Config>
+// StreamOf: what a warp does with the items of its ring.
+template <DecodeConfig Config, template <DecodeConfig, class> class StreamOf = Stream>
 class DecodeCta {
  public:
   using S = Shape<Config>;
@@ -131,7 +132,7 @@ class DecodeCta {
     range = {share.begin + range.begin, share.begin + range.end};
     if (lane < 2) cta_storage().partials[warp][lane].sequence = -1;
     Ring<Config> ring(a_, ring_bytes(warp), storage(warp), lane);
-    Stream<Config, Groups> stream(a_, groups, lane);
+    StreamOf<Config, Groups> stream(a_, groups, lane);
     ItemCursor cursor = ring.start(range, items);
     if (cursor.done()) return;
     // Queries are on their way while the ring fills, or while the segment before is finished.
@@ -161,7 +162,7 @@ class DecodeCta {
   // from there to the output, one that an earlier warp began to the workspace; the warp's last
   // segment stays.
   template <class Groups>
-  __device__ void finish(Stream<Config, Groups>& stream, Ring<Config>& ring, bool is_whole) {
+  __device__ void finish(StreamOf<Config, Groups>& stream, Ring<Config>& ring, bool is_whole) {
     auto& partial = *reinterpret_cast<Partial<S>*>(ring.bytes());
     const int warp = warp_id(), lane = arch::lane_id();
     __syncwarp();
