@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo   generate text with 16-bit, 4-bit and 2-bit caches      make test   all tests that this machine can run
+# make bench  time kernels on a GPU: KERNELS=<row> BENCH='<arguments of benchmarks/decode.py>'
 # make wheel  sdist and wheel into dist/     make lint     make install-test (isolated builds)     make clean
 #
 #   PYTHON=python3.12          the Python of .venv                 JOBS=2    parallel jobs
@@ -18,7 +19,7 @@ export PATH := $(BIN):$(PATH)
 export BITDECODING_TOOLCHAIN_DIR ?= $(CURDIR)/build/toolchain
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: all demo test wheel install-test lint format clean build
+.PHONY: all demo test bench wheel install-test lint format clean build
 all: build
 
 demo: build
@@ -34,6 +35,14 @@ build: $(VENV)/registered
 	  -D BITDECODING_KERNELS='$(KERNELS)' $(addprefix -D BITDECODING_CUDA=,$(BITDECODING_CUDA))
 	cmake --build $(BUILD) --parallel $(JOBS)
 	@cmake --install $(BUILD) --component extension --prefix python >/dev/null
+
+# In a tree without tests, so that one kernel is timed soon.
+bench: $(VENV)/registered
+	cmake -S . -B build/bench -G Ninja --log-level=WARNING -D BITDECODING_PYTHON=ON \
+	  -D Python_EXECUTABLE=$(BIN)/python -D BITDECODING_KERNELS='$(KERNELS)'
+	cmake --build build/bench --parallel $(JOBS)
+	@cmake --install build/bench --component extension --prefix python >/dev/null
+	$(BIN)/python benchmarks/decode.py --quick $(BENCH)
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --outdir dist

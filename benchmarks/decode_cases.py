@@ -134,10 +134,10 @@ def _block_tables(pages: np.ndarray, copies: int) -> np.ndarray:
 
 def _pool(fmt: KvFormat, heads: int, pages: int, device: torch.device) -> torch.Tensor:
     """(pages, heads, page_bytes): real codes and parameters."""
-    records = _template(fmt).to(device)
+    records = _template(fmt).to(device).view(torch.int64)  # copied 8 bytes at a time
     count = pages * heads
     repeated = records.repeat(-(-count // TEMPLATE_RECORDS), 1)
-    return repeated[:count].view(pages, heads, fmt.page_bytes())
+    return repeated[:count].view(torch.uint8).view(pages, heads, fmt.page_bytes())
 
 
 @cache
