@@ -12,13 +12,13 @@ import gc
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from decode_cases import Zones
+from decode_cases import Case, Zones
 from llama_step import (
     LLAMA_8B,
     TINY,
@@ -28,8 +28,6 @@ from llama_step import (
     Shape,
     SixteenBitAttention,
     largest_batch,
-    low_bit_bytes,
-    sixteen_bit_bytes,
     without_attention,
 )
 from measure import graph_time_us, machine
@@ -39,6 +37,7 @@ from step_agreement import agreement_rows
 from torch.nn.attention import SDPBackend
 
 from bitdecoding import KvFormat
+from bitdecoding.plan import sequence_bytes, sixteen_bit_bytes
 
 Row = dict[str, Any]
 
@@ -72,16 +71,19 @@ def low_bit(shape: Shape, name: str, args: argparse.Namespace) -> Contender:
     fmt, zones = KvFormat.parse(name), args.zones
 
     def make(batch: int, length: int) -> LowBitAttention:
-        start = length - WARM_UP - args.replays // 2
-        most = start + WARM_UP + args.replays
         return LowBitAttention.random(
-            shape, fmt, zones, batch=batch, start=start, most=most, device=args.device
-        )
+            shape, fmt, zones, batch=batch, start=length - before_length(args.replays),
+            most=length + args.replays, device=args.device,
+        )  # fmt: skip
+
+    def bytes_per_sequence(length: int) -> int:
+        return sequence_bytes(
+            shape.cached, fmt, length + args.replays,
+            keep_first=zones.sinks, keep_last=zones.recent,
+        )  # fmt: skip
 
     label = {"format": name, "sinks": zones.sinks, "recent": zones.recent, "kernel": None}
-    return Contender(
-        label, make, lambda length: low_bit_bytes(shape, fmt, zones, length + args.replays)
-    )
+    return Contender(label, make, bytes_per_sequence)
 
 
 def sixteen_bit(shape: Shape, name: str, args: argparse.Namespace) -> Contender:
@@ -92,13 +94,19 @@ def sixteen_bit(shape: Shape, name: str, args: argparse.Namespace) -> Contender:
         )  # fmt: skip
 
     label = {"format": "bfloat16", "sinks": None, "recent": None, "kernel": name}
-    return Contender(label, make, partial(sixteen_bit_bytes, shape))
+    return Contender(label, make, partial(sixteen_bit_bytes, shape.cached))
+
+
+def before_length(replays: int) -> int:
+    """How many tokens before ``length`` a growing cache starts, so that the timed steps lie around
+    it."""
+    return WARM_UP + replays // 2
 
 
 def timed_step(model: Llama, attend: Attention, batch: int, length: int, replays: int) -> Row:
     """Time of a step's graph. Every replay continues with the tokens that the one before chose."""
     tokens = torch.randint(model.shape.vocab, (batch,), device=model.device)
-    position = torch.tensor([length - WARM_UP - replays // 2], device=model.device)
+    position = torch.tensor([length - before_length(replays)], device=model.device)
     logits: list[torch.Tensor] = []
 
     def call() -> None:
@@ -110,10 +118,14 @@ def timed_step(model: Llama, attend: Attention, batch: int, length: int, replays
     return row
 
 
+def case_fields(case: Case) -> Row:
+    return {name: getattr(case, name) for name in ("batch", "heads_kv", "group", "length")}
+
+
 def measure(model: Llama, contender: Contender, batch: int, length: int, rest: Row) -> Row:
     """One row; ``rest`` is the row of the same batch without attention. What can't be timed keeps
     its reason."""
-    row = asdict(model.shape.case(batch, length)) | contender.label | {"mode": "graph"}
+    row = case_fields(model.shape.case(batch, length)) | contender.label | {"mode": "graph"}
     row["cache_bytes"] = batch * contender.bytes_per_sequence(length)
     try:
         attend = contender.make(batch, length)
@@ -209,9 +221,9 @@ def print_rows(part: str, rows: list[Row]) -> None:
     Console(width=140).print(table)
 
 
-def save(rows: list[Row], path: Path) -> None:
+def save(facts: Row, rows: list[Row], path: Path) -> None:
     lines = ",\n".join(json.dumps(row) for row in rows)
-    path.write_text(f"[\n{lines}\n]\n")
+    path.write_text(f'{{"facts": {json.dumps(facts)},\n"rows": [\n{lines}\n]}}\n')
 
 
 def arguments() -> argparse.Namespace:
@@ -229,8 +241,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="2 small layers, to try the script")
     parser.add_argument("--output", type=Path, help="write the rows as JSON, after every part")
     args = parser.parse_args()
-    if min(*args.lengths, args.throughput_length) <= args.replays:
-        parser.error(f"--lengths, --throughput-length: allowed: above --replays ({args.replays})")
+    least = before_length(args.replays)
+    if min(*args.lengths, args.throughput_length) < least:
+        parser.error(f"--lengths, --throughput-length: allowed: {least} or more, see --replays")
     return args
 
 
@@ -244,7 +257,7 @@ def main() -> None:
     for part in args.parts:
         if part == "agreement":
             found = agreement_rows(args.device, args.formats, args.zones)
-            facts_of_part = {"part": part, "model": "tiny"}
+            of_part = {"part": part, "model": "tiny"}
         else:
             if model is None:
                 positions = max(*args.lengths, args.throughput_length) + args.replays
@@ -252,12 +265,12 @@ def main() -> None:
             contenders = [sixteen_bit(shape, sdpa, args) for sdpa in SDPA]
             contenders += [low_bit(shape, fmt, args) for fmt in args.formats]
             found = PARTS[part](model, contenders, args)
-            facts_of_part = {"part": part, "model": name, "weight_bytes": model.nbytes}
-        found = [facts_of_part | row | facts for row in found]
+            of_part = {"part": part, "model": name, "weight_bytes": model.nbytes}
+        found = [of_part | row for row in found]
         print_rows(part, found)
         rows += found
         if args.output is not None:
-            save(rows, args.output)
+            save(facts, rows, args.output)
     failed = [row for row in rows if "error" in row]
     if failed:
         sys.exit(f"{len(failed)} rows failed: {failed[0]['error']}")

@@ -13,11 +13,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from decode_cases import Case, Zones, caches, packed_tokens
+from decode_cases import Case, Zones, caches
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
 from bitdecoding import KvFormat, PagedKvCache
+from bitdecoding._ext import sequence_extents
+from bitdecoding.plan import ModelShape
 
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -37,6 +39,10 @@ class Shape:
 
     def case(self, batch: int, length: int) -> Case:
         return Case(batch, self.heads_kv, self.heads // self.heads_kv, length)
+
+    @property
+    def cached(self) -> ModelShape:
+        return ModelShape(self.layers, self.heads_kv, self.head_dim)
 
 
 LLAMA_8B = Shape(32, 4096, 32, 8, 128, 14336, 128256)  # Llama-3.1-8B
@@ -148,10 +154,12 @@ class LowBitAttention:
         """Sequences of ``start`` random tokens with room for ``most``. Pages of all layers lie in
         one pool, shuffled; contents are those of `decode_cases.caches`."""
         layers = caches(shape.case(batch, most), fmt, zones, shape.layers, device)
-        packed = packed_tokens(shape.case(batch, start), fmt, zones)
+        pages, _ = sequence_extents(
+            fmt, keep_first=zones.sinks, keep_last=zones.recent, max_tokens=start
+        )
         for layer in layers:
             layer.lengths.fill_(start)
-            layer.packed.fill_(packed)
+            layer.packed.fill_(pages * fmt.page_tokens)
         return cls(layers)
 
     def __call__(
@@ -201,20 +209,6 @@ class SixteenBitAttention:
 
     def check(self) -> None:
         """Nothing can go wrong on the device."""
-
-
-def low_bit_bytes(shape: Shape, fmt: KvFormat, zones: Zones, most: int) -> int:
-    """Bytes of one sequence of up to ``most`` tokens in all layers: pages and 16-bit zones."""
-    pages = packed_tokens(shape.case(1, most), fmt, zones) // fmt.page_tokens
-    tail_tokens = -(-(zones.recent + fmt.page_tokens) // 16) * 16
-    rows = 2 * (zones.sinks + tail_tokens)
-    per_head = pages * fmt.page_bytes() + rows * fmt.head_dim * 2
-    return shape.layers * shape.heads_kv * per_head
-
-
-def sixteen_bit_bytes(shape: Shape, length: int) -> int:
-    """The same of contiguous K and V."""
-    return shape.layers * shape.heads_kv * length * 2 * shape.head_dim * 2
 
 
 def largest_batch(free: int, margin: int, per_sequence: int) -> int:

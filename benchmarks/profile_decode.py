@@ -22,7 +22,6 @@ from decode_cases import (
     copy_engine,
     decode_bytes,
     kernel_row,
-    queries,
 )
 from measure import machine
 from rich.console import Console
@@ -48,7 +47,10 @@ def launch(case: Case, fmt: KvFormat, zones: Zones, pattern: str | None) -> Row:
     if pattern is not None:
         kernel = kernel_row(bitdecoding.build_info()["kernels"], pattern, fmt, case.group)
     copies = caches(case, fmt, zones, copies_needed(moved, l2_bytes), device)
-    q = queries(case, fmt.head_dim, device)
+    q = torch.randn(
+        (case.batch, 1, case.heads_kv * case.group, fmt.head_dim),
+        dtype=torch.float16, device=device,
+    )  # fmt: skip
     out = torch.empty_like(q)
     plan = copies[0].plan_decode(query_heads=q.shape[2], kernel=kernel)
     for i in range(max(WARM_UP, len(copies))):
@@ -76,6 +78,7 @@ def profiled(case: Case, fmt: KvFormat, zones: Zones, args: argparse.Namespace) 
         if run.returncode != 0 or not facts.exists():
             raise RuntimeError(f"the launch failed under ncu (exit code {run.returncode})")
         label = {
+            "case": str(case),
             "batch": case.batch,
             "heads_kv": case.heads_kv,
             "group": case.group,
@@ -84,7 +87,8 @@ def profiled(case: Case, fmt: KvFormat, zones: Zones, args: argparse.Namespace) 
             "sinks": zones.sinks,
             "recent": zones.recent,
         }
-        return label | json.loads(facts.read_text()) | row | {"cache_control": args.cache_control}
+        told_by_child: Row = json.loads(facts.read_text())
+        return label | told_by_child | row | {"cache_control": args.cache_control}
 
 
 def print_row(row: Row) -> None:
@@ -134,9 +138,9 @@ def main() -> None:
     for case in args.cases:
         for fmt in args.formats:
             try:
-                rows.append(profiled(case, fmt, args.zones, args) | facts)
+                rows.append(profiled(case, fmt, args.zones, args))
             except RuntimeError as error:
                 sys.exit(f"{case}, {fmt}: {error}")
             print_row(rows[-1])
             if args.output is not None:
-                args.output.write_text(json.dumps(rows, indent=1) + "\n")
+                args.output.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")

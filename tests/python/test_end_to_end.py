@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from cuda_kernels import skip_without_code
 
-from bitdecoding import KvFormat, PagedKvCache
+from bitdecoding import KvFormat, PagedKvCache, plan
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 INT4 = "k4v4_c128_v128_p128_d128"
@@ -92,10 +92,17 @@ def test_memory(torch: Any, step: Any, name: str, zones: tuple[int, int]) -> Non
     attend = step.LowBitAttention.random(
         step.TINY, fmt, zone, batch=3, start=300, most=most, device=torch.device("cpu")
     )
-    pages = sum(layer.block_table.numel() for layer in attend.layers)
     first = attend.layers[0]
+    tables = [
+        table
+        for layer in attend.layers
+        for table in (layer.block_table, layer.slots, layer.lengths, layer.packed)
+    ]
+    pages = sum(layer.block_table.numel() for layer in attend.layers)
     total = pages * first.pool[0].nbytes + first.side.nbytes  # of all layers: they share both
-    assert total == 3 * step.low_bit_bytes(step.TINY, fmt, zone, most)
+    total += sum(table.nbytes for table in tables)
+    first_last = {"keep_first": zone.sinks, "keep_last": zone.recent}
+    assert total == 3 * plan.sequence_bytes(step.TINY.cached, fmt, most, **first_last)
     assert len(first.side) == 3 * step.TINY.layers
     k = torch.randn(3, 1, 2, 128)
     for _ in range(most - 300):
@@ -107,7 +114,7 @@ def test_memory(torch: Any, step: Any, name: str, zones: tuple[int, int]) -> Non
         step.TINY, batch=3, length=40, backend=None, device=torch.device("cpu"),
         dtype=torch.bfloat16,
     ).kv  # fmt: skip
-    assert kv.nbytes == 3 * step.sixteen_bit_bytes(step.TINY, 40)
+    assert kv.nbytes == 3 * plan.sixteen_bit_bytes(step.TINY.cached, 40)
 
 
 def test_llama_shape(step: Any) -> None:
@@ -116,7 +123,7 @@ def test_llama_shape(step: Any) -> None:
     kv = 2 * s.heads_kv * s.head_dim
     layer = s.hidden * (2 * s.heads * s.head_dim + kv + 3 * s.ffn)
     assert 8.0e9 < s.layers * layer + 2 * s.vocab * s.hidden < 8.1e9
-    assert step.sixteen_bit_bytes(s, 1) == 128 << 10
+    assert plan.sixteen_bit_bytes(s.cached, 1) == 128 << 10
     assert step.largest_batch(10 << 30, 4 << 30, 1 << 30) == 6
     assert step.largest_batch(4 << 30, 4 << 30, 1) == 0
     assert step.largest_batch(1 << 30, 4 << 30, 1) == 0
@@ -153,8 +160,8 @@ def pretended(torch: Any, bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(bench, "graph_time_us", graph_time_us)
     monkeypatch.setattr(bench, "release", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (4 << 20, 0))
-    plan = {"kernel": "decode_sm90_k4v4_c_d128_n8"}
-    monkeypatch.setattr(PagedKvCache, "plan_decode", lambda self, **_: plan)
+    chosen = {"kernel": "decode_sm90_k4v4_c_d128_n8"}
+    monkeypatch.setattr(PagedKvCache, "plan_decode", lambda self, **_: chosen)
     return bench
 
 
@@ -178,7 +185,7 @@ def test_rows(torch: Any, step: Any, pretended: Any, capsys: pytest.CaptureFixtu
         assert (ours["ms_per_token"], ours["tokens_per_s"]) == (4.0, 250.0)
 
     flash, _, ours = bench.throughput(model, contenders, args)
-    each = step.low_bit_bytes(step.TINY, KvFormat.parse(INT4), zones, 134)
+    each = plan.sequence_bytes(step.TINY.cached, KvFormat.parse(INT4), 134)
     assert (ours["batch"], flash["batch"]) == ((4 << 20) // each, (4 << 20) // (130 * 2048))
     assert ours["cache_bytes"] == ours["batch"] * each
     assert ours["tokens_per_s"] == ours["batch"] * 250.0
@@ -192,5 +199,6 @@ def test_rows(torch: Any, step: Any, pretended: Any, capsys: pytest.CaptureFixtu
 
 def test_saved(bench: Any, tmp_path: Path) -> None:
     rows = [{"part": "latency", "time_us": 1.5}, {"part": "latency", "error": "why"}]
-    bench.save(rows, tmp_path / "rows.json")
-    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    facts = {"gpu": "one"}
+    bench.save(facts, rows, tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text()) == {"facts": facts, "rows": rows}

@@ -46,10 +46,10 @@ def values(ncu: Any) -> dict[str, str]:
     return found
 
 
-def log(ncu: Any, launches: int = 1, **changed: str) -> str:
+def log(ncu: Any, launches: int = 1, changed: dict[str, str] | None = None) -> str:
     """What ncu writes: its own lines, names, units, a line per launch."""
     facts = {"ID": "0", "Kernel Name": KERNEL, "Block Size": "(256, 1, 1)"}
-    cells = facts | {"Grid Size": "(132, 1, 1)", "CC": "9.0"} | values(ncu) | changed
+    cells = facts | {"Grid Size": "(132, 1, 1)", "CC": "9.0"} | values(ncu) | (changed or {})
     lines = [cells.keys(), ["" for _ in cells], *[cells.values()] * launches]
     rows = [",".join(f'"{cell}"' for cell in line) for line in lines]
     return "\n".join(["==PROF== Connected to process 7", *rows, "==PROF== Disconnected"]) + "\n"
@@ -87,8 +87,8 @@ def test_refusals(ncu: Any) -> None:
     with pytest.raises(RuntimeError, match=r"sm__no_such, dram__neither\.sum\.per_second$"):
         ncu.parse(unknown)
     absent = {ncu.pipe_metric("xu"): "n/a", ncu.stall_metric("gmma"): "nan"}
-    with pytest.raises(RuntimeError, match="no number for sm__inst_executed_pipe_xu.*_gmma_"):
-        ncu.record(ncu.parse(log(ncu, **absent)))
+    with pytest.raises(RuntimeError, match=r"no number for sm__inst_executed_pipe_xu.*_gmma_"):
+        ncu.record(ncu.parse(log(ncu, changed=absent)))
     for launches, found in ((0, "none"), (2, f"{KERNEL}, {KERNEL}")):
         with pytest.raises(RuntimeError) as error:
             ncu.parse(log(ncu, launches))
@@ -121,6 +121,7 @@ def test_rows(ncu: Any, profile: Any, tmp_path: Path) -> None:
     args = Namespace(kernel=None, cache_control="all", ncu=fake_ncu(tmp_path, log(ncu), 0))
     row = profile.profiled(case, fmt, zones, args)
     assert row["kernel"] == "decode_sm90_k4v4_c_d128_n8"
+    assert row["case"] == "1x8x4@8192"
     assert (row["batch"], row["heads_kv"], row["group"], row["length"]) == (1, 8, 4, 8192)
     assert (row["format"], row["sinks"], row["recent"]) == (INT4, 16, 64)
     assert (row["registers"], row["cache_control"], row["copy"]) == (168, "all", "bulk")
