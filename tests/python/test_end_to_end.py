@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ INT4 = "k4v4_c128_v128_p128_d128"
 
 
 @pytest.fixture
-def step(torch: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def step(torch: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """On one thread: several that wait for each other on few cores take ten times as long."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("llama_step")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield importlib.import_module("llama_step")
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
