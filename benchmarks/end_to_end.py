@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode import converter
 from decode_cases import Case, Zones
 from llama_step import (
     LLAMA_8B,
@@ -226,14 +227,22 @@ def save(facts: Row, rows: list[Row], path: Path) -> None:
     path.write_text(f'{{"facts": {json.dumps(facts)},\n"rows": [\n{lines}\n]}}\n')
 
 
+def canonical(name: str) -> str:
+    return str(KvFormat.parse(name))
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = ("agreement", *PARTS)
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--formats", nargs="+", default=FORMATS, metavar="FORMAT")
-    parser.add_argument("--zones", type=Zones.parse, default=Zones(16, 64), metavar="FIRST/NEWEST")
+    parser.add_argument(
+        "--formats", nargs="+", type=converter(canonical), default=FORMATS, metavar="FORMAT"
+    )
+    parser.add_argument(
+        "--zones", type=converter(Zones.parse), default=Zones(16, 64), metavar="FIRST/NEWEST"
+    )
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="TOKENS")
     parser.add_argument("--throughput-length", type=int, default=THROUGHPUT_LENGTH)
     parser.add_argument("--margin-gib", type=int, default=6, help="memory that is left free")

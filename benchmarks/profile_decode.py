@@ -14,6 +14,7 @@ from typing import Any
 
 import ncu_report
 import torch
+from decode import converter
 from decode_cases import (
     Case,
     Zones,
@@ -106,10 +107,14 @@ def print_row(row: Row) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="profile.py", description=__doc__)
-    parser.add_argument("cases", nargs="+", type=Case.parse, metavar="CASE", help="BxHxG@L")
-    parser.add_argument("--formats", nargs="+", type=KvFormat.parse, metavar="FORMAT",
-                        default=[KvFormat.parse(name) for name in FORMATS])  # fmt: skip
-    parser.add_argument("--zones", type=Zones.parse, default=Zones(16, 64), metavar="FIRST/NEWEST")
+    for name, count, parse, default, metavar in (
+        ("cases", "+", Case.parse, None, "CASE"),
+        ("--formats", "+", KvFormat.parse, [KvFormat.parse(name) for name in FORMATS], "FORMAT"),
+        ("--zones", None, Zones.parse, Zones(16, 64), "FIRST/NEWEST"),
+    ):
+        parser.add_argument(
+            name, nargs=count, type=converter(parse), default=default, metavar=metavar
+        )
     parser.add_argument("--kernel", metavar="ROW", help="as in decode.py")
     parser.add_argument(
         "--cache-control", choices=("none", "all"), default="none",

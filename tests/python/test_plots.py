@@ -48,7 +48,7 @@ def step_row(part: str, name: str, length: int, batch: int = 1) -> dict[str, Any
     return decode_row(name, time, length) | step
 
 
-def series(axes: Any) -> dict[str, list[tuple[float, float]]]:
+def series(axes: Any) -> dict[str, list[tuple[float, ...]]]:
     """What is plotted, by label."""
     return {
         line.get_label(): [tuple(map(float, point)) for point in line.get_xydata()]
@@ -58,7 +58,7 @@ def series(axes: Any) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_layouts(plots: Any, tmp_path: Path) -> None:
-    rows = [{"time_us": 1.0}, {"time_us": None}]
+    rows: list[dict[str, Any]] = [{"time_us": 1.0}, {"time_us": None}]
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text(json.dumps([row | {"gpu": "one"} for row in rows]))
     new.write_text(json.dumps({"facts": {"gpu": "one"}, "rows": rows}))
