@@ -77,6 +77,12 @@ def command(ncu: str, log: str, cache_control: str, child: Sequence[str]) -> lis
     ]  # fmt: skip
 
 
+def version(text: str) -> str:
+    """2025.3.1.0, of what ncu --version prints."""
+    found = re.search(r"Version (\S+)", text)
+    return found[1] if found else "unknown"
+
+
 def parse(log: str) -> dict[str, str]:
     """The cells of the one profiled launch, by column: metrics, "Kernel Name" and others.
 
@@ -92,7 +98,7 @@ def parse(log: str) -> dict[str, str]:
     if errors or not table:
         raise RuntimeError(f"ncu: {'; '.join(errors) or 'no CSV in what it wrote'}")
     names, _, *launches = table
-    cells = [dict(zip(names, launch, strict=True)) for launch in launches]
+    cells = [dict(zip(names, launch, strict=False)) for launch in launches]
     if len(cells) != 1:
         found = ", ".join(cell.get("Kernel Name", "?") for cell in cells) or "none"
         raise RuntimeError(f"launches in the NVTX range '{RANGE}': {found}; allowed: exactly one")

@@ -135,10 +135,11 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     if args.launch_to is not None:
-        told = launch(args.cases[0], args.formats[0], args.zones, args.kernel)
-        args.launch_to.write_text(json.dumps(told))
+        found = launch(args.cases[0], args.formats[0], args.zones, args.kernel)
+        args.launch_to.write_text(json.dumps(found))
         return
-    facts = machine()
+    told = subprocess.run([args.ncu, "--version"], capture_output=True, text=True).stdout
+    facts = machine() | {"ncu": ncu_report.version(told)}
     rows: list[Row] = []
     for case in args.cases:
         for fmt in args.formats:

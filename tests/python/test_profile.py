@@ -78,6 +78,14 @@ def test_record(ncu: Any) -> None:
     assert tuple(row["stalls_per_issue"]) == ncu.STALLS
 
 
+def test_version(ncu: Any) -> None:
+    told = (
+        "NVIDIA (R) Nsight Compute Command Line Profiler\nVersion 2025.3.1.0 (build 1) (public)\n"
+    )
+    assert ncu.version(told) == "2025.3.1.0"
+    assert ncu.version("") == "unknown"
+
+
 def test_refusals(ncu: Any) -> None:
     """The error names all metrics that ncu doesn't know or gave no number for."""
     unknown = (
