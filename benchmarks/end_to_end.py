@@ -219,7 +219,7 @@ def print_rows(part: str, rows: list[Row]) -> None:
     table = Table(*SHOWN[part], title=part)
     for row in rows:
         table.add_row(*("" if row.get(name) is None else str(row[name]) for name in SHOWN[part]))
-    Console(width=140).print(table)
+    Console(width=180).print(table)
 
 
 def save(facts: Row, rows: list[Row], path: Path) -> None:
