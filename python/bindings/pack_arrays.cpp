@@ -46,8 +46,7 @@ void pack_arrays(nb::handle k, nb::handle v, nb::handle pool, nb::handle block_t
     });
   } else {
     if (!error_word.is_none()) {
-      refuse_value("error_word = ", nb::type_name(error_word.type()).c_str(),
-                   "; allowed: None, since the arrays are on cpu");
+      refuse_value("error_word = an array; allowed: None, since the arrays are on cpu");
     }
     const CpuExecution execution = cpu_execution(pages, options);
     run([&] {

@@ -3,23 +3,27 @@
 
     from bitdecoding import torch_ops    # registers torch.ops.bitdecoding; nothing else does
 
-    append(k, v, pool, side, block_table, slots, lengths, packed, counters, error_word,
-           format, keep_first, keep_last, max_tokens=None, leftpad=None, num_tokens=None, threads=0)
-    decode(q, pool, side, block_table, slots, lengths, packed, workspace, error_word,
-           format, keep_first, keep_last, softmax_scale=None, threads=0, kernel=None) -> (out, lse)
-    decode_into(q, out, lse, pool, ..., packed, workspace, error_word, format, ...)
+    append(k, v, *cache, counters, error_word, *zones, max_tokens=None, leftpad=None,
+           num_tokens=None, threads=0)
+    decode(q, *cache, workspace, error_word, *zones, softmax_scale=None, threads=0,
+           kernel_name=None) -> out, lse
+    decode_into(q, out, lse, *cache, workspace, ...)    # the rest as in decode
     pack(k, v, pool, block_table, error_word, format, keep_first=0, first_page=None, leftpad=None,
          num_tokens=None, threads=0)
 
+    cache: pool, side, block_table, slots, lengths, packed    zones: format, keep_first, keep_last
+
 They are `PagedKvCache.append`, its `decode` and `pack_pages`: the same shapes, checks and errors;
-`format` is the canonical name; everything can be named. `append` writes pool, side, lengths, packed
-and, on CUDA, counters and error_word; `decode` writes workspace and error_word, `decode_into` also
-out (contiguous, q's shape and type) and lse (float32 (B, Hq, Sq), or None). Without gradients.
+arrays as in `PagedKvCache.wrap`, `format` a canonical name, every argument by place or by name.
+`append` writes pool, side, lengths, packed and, on CUDA, counters and error_word; `decode` writes
+workspace and error_word, `decode_into` also out (contiguous, q's shape and type) and lse (float32
+(B, Hq, Sq), or None); `pack` writes pool and error_word. No gradients pass.
 
 `scratch` makes what CUDA calls need besides the cache; on a CPU all of it is None. Calls run on
 torch's current stream, never wait, and go into a CUDA graph once each has run outside with the same
-shapes. What only the device finds wrong is in the error word: `check` raises it. Under a trace
-(torch.compile, fake tensors) what the host can see is checked with the sizes of the example.
+shapes. What only the device finds wrong is in the error word: `check` raises it. torch.compile and
+fake tensors meet the same checks of what the host can see, with the sizes of the example; Inductor
+writes in place, while aot_eager copies what an operator writes.
 """
 
 from __future__ import annotations
@@ -156,8 +160,7 @@ def _arrays(
 def _refuse_on_cpu(**given: Any) -> None:
     for name, tensor in given.items():
         if tensor is not None:
-            kind = type(tensor).__name__
-            raise ValueError(f"{name} = {kind}; allowed: None, since the arrays are on cpu")
+            raise ValueError(f"{name} = an array; allowed: None, since the arrays are on cpu")
 
 
 def _append(
@@ -215,7 +218,7 @@ def _decode_into(
     keep_last: int,
     softmax_scale: float | None = None,
     threads: int = 0,
-    kernel: str | None = None,
+    kernel_name: str | None = None,
     checks_only: bool = False,
 ) -> None:
     tensors = (pool, side, block_table, slots, lengths, packed)
@@ -231,7 +234,7 @@ def _decode_into(
         softmax_scale=softmax_scale,
         threads=count("threads", threads, least=0),
         stream=None,
-        kernel=kernel,
+        kernel=kernel_name,
         checks_only=checks_only,
     )
 
@@ -342,7 +345,7 @@ _READ = f"Tensor pool, Tensor side, {_TABLES}, Tensor lengths, Tensor packed"
 _WRITTEN = f"Tensor(a!) pool, Tensor(b!) side, {_TABLES}, Tensor(c!) lengths, Tensor(d!) packed"
 _RUNS = "Tensor? leftpad=None, Tensor? num_tokens=None, int threads=0"
 _SCRATCH = "Tensor(e!)? workspace, Tensor(f!)? error_word"
-_DECODE = f"{_FORMAT}, float? softmax_scale=None, int threads=0, str? kernel=None"
+_DECODE = f"{_FORMAT}, float? softmax_scale=None, int threads=0, str? kernel_name=None"
 _TAGS = (
     torch.Tag.pt2_compliant_tag,
     getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
