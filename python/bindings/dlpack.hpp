@@ -15,10 +15,8 @@ namespace bitdecoding::python {
 namespace nb = nanobind;
 
 enum class Access { read, write };
-enum class Lifetime {
-  call,
-  longer
-};  // how long a view is used: within a call, which holds its object
+// How long a view is used: within a call, whose caller holds the object and its shape, or longer.
+enum class Lifetime { call, longer };
 
 struct ArrayView {
   nb::dlpack::dltensor tensor;  // with strides, in elements; no byte_offset

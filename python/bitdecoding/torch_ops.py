@@ -73,8 +73,8 @@ def scratch(
     query_tokens: int = 1,
     device: object = "cuda",
 ) -> Scratch:
-    """For caches of that format and batch, and decodes of at most that many queries. Waits for the
-    device.
+    """For caches of that format and batch, and decodes of that many queries; calls refuse what is
+    too small for them. Waits for the device.
 
     Raises ValueError, TypeError for arguments, NotImplementedError where this build has no kernel.
     """

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -27,14 +28,16 @@ def test_python(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_torch_operators(torch: Any) -> None:
+    if torch.cuda.is_available() and not bitdecoding.build_info()["kernels"]:
+        pytest.skip("a CUDA device, but a build without kernels")
     _, code = blocks("python")
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     k, q = (torch.ones(4, 1, heads, 128, device=names["device"]).half() for heads in (8, 32))
     for _ in range(2):
         out, lse = names["step"](k, k, q)
-    assert bool((out == 1).all())
-    assert torch.allclose(lse, torch.tensor(2.0).log() + 128**0.5)
+    assert bool((out - 1).abs().max() < 1e-3)
+    assert bool((lse - math.log(2) - math.sqrt(128)).abs().max() < 1e-3)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

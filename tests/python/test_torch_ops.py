@@ -18,6 +18,7 @@ from bitdecoding import PagedKvCache, pack_pages
 
 torch = pytest.importorskip("torch")
 
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from torch.library import opcheck  # noqa: E402
 from torch_op_calls import OpCache  # noqa: E402
@@ -145,7 +146,7 @@ def test_sizes_stay_symbolic() -> None:
     torch._dynamo.reset()
     ours = filled()
     state = ours.decode_arguments()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(
         lambda q: torch_ops.decode(q, **state), backend=counter, fullgraph=True, dynamic=True
     )
