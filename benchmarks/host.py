@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host time of one decode call from Python: the cache's method, the registered torch operator.
+"""Host time of single calls from Python: the cache's methods and the torch operators.
 
 python benchmarks/host.py --output benchmarks/results/host.json
 """
@@ -7,8 +7,6 @@ python benchmarks/host.py --output benchmarks/results/host.json
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,7 @@ from rich.table import Table
 from shapes import Case, tagged
 from suites import FORMATS
 
-from bitdecoding import KvFormat, PagedKvCache
+from bitdecoding import KvFormat, PagedKvCache, torch_ops
 
 ZONES = Zones(16, 64)
 CALLS = 50  # into an empty queue
@@ -31,30 +29,41 @@ REPEATS = 41
 WARM_UP = 200
 
 
-def method_call(cache: PagedKvCache, q: torch.Tensor) -> Callable[[], Any]:
-    """The cache's decode into memory that is there."""
-    return partial(cache.decode, q, out=torch.empty_like(q))
+def method_calls(cache: PagedKvCache, q: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """Calls of the cache's methods; METHOD decodes into memory that is there. Appends add no
+    token."""
+    kv, none = new_token(cache, q)
+    return {
+        METHOD: partial(cache.decode, q, out=torch.empty_like(q)),
+        "PagedKvCache.decode, new out and lse": partial(cache.decode, q, return_softmax_lse=True),
+        "PagedKvCache.append": partial(cache.append, kv, kv, num_tokens=none),
+    }
 
 
-def operator_call(cache: PagedKvCache, q: torch.Tensor) -> Callable[[], Any] | None:
-    """The same through torch.ops.bitdecoding; None where this package has no operators."""
-    if importlib.util.find_spec("bitdecoding.torch_ops") is None:
-        return None
-    torch_ops: Any = importlib.import_module("bitdecoding.torch_ops")
+def operator_calls(cache: PagedKvCache, q: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """The same through torch.ops.bitdecoding."""
     batch, query_tokens, query_heads, _ = q.shape
-    scratch = torch_ops.scratch(
+    workspace, counters, errors = torch_ops.scratch(
         cache.format, batch=batch, num_kv_heads=int(cache.pool.shape[1]),
         query_heads=query_heads, query_tokens=query_tokens, device=q.device,
     )  # fmt: skip
-    tensors = torch_ops.tensors_of(cache)
-    return partial(
-        torch_ops.decode_into, q, torch.empty_like(q), None, *tensors.values(),
-        scratch.workspace, scratch.error_word, str(cache.format), cache.keep_first,
-        cache.keep_last,
-    )  # fmt: skip
+    zones = (str(cache.format), cache.keep_first, cache.keep_last)
+    tensors = tuple(torch_ops.tensors_of(cache).values())
+    read = (*tensors, workspace, errors, *zones)
+    written = (*tensors, counters, errors, *zones)
+    kv, none = new_token(cache, q)
+    return {
+        OPERATOR: partial(torch_ops.decode_into, q, torch.empty_like(q), None, *read),
+        "torch operator decode": partial(torch_ops.decode, q, *read),
+        "torch operator append": partial(torch_ops.append, kv, kv, *written, num_tokens=none),
+    }
 
 
-CALLERS = {METHOD: method_call, OPERATOR: operator_call}
+def new_token(cache: PagedKvCache, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K or V (B, 1, Hkv, D) of a token per sequence, and int32 (B,) that says to take none."""
+    batch, _, _, head_dim = q.shape
+    kv = torch.zeros((batch, 1, int(cache.pool.shape[1]), head_dim), dtype=q.dtype, device=q.device)
+    return kv, torch.zeros(batch, dtype=torch.int32, device=q.device)
 
 
 def host_rows(case: Case, fmt: KvFormat, device: torch.device) -> list[Row]:
@@ -62,10 +71,7 @@ def host_rows(case: Case, fmt: KvFormat, device: torch.device) -> list[Row]:
     (cache,) = caches(case, fmt, ZONES, 1, device)
     q = queries(case, device)
     rows = []
-    for name, make in CALLERS.items():
-        call = make(cache, q)
-        if call is None:
-            continue
+    for name, call in (method_calls(cache, q) | operator_calls(cache, q)).items():
         for _ in range(WARM_UP):
             call()
         found = spread(host_times([call], CALLS, REPEATS))
@@ -92,7 +98,7 @@ def main() -> None:
     for row in rows:
         times = (str(row[name]) for name in ("time_us", "p10_us", "p90_us"))
         table.add_row(row["case"], row["format"], row["call"], *times)
-    Console(width=120).print(table)
+    Console(width=140).print(table)
     if args.output is not None:
         save(args.output, Results(facts, rows))
 

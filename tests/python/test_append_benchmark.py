@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,20 +85,8 @@ def test_host_rows(torch: Any, append: Any, monkeypatch: pytest.MonkeyPatch) -> 
         return [7.0] * repeats
 
     monkeypatch.setattr(host, "host_times", times)
-    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: None)
     fmt, device = KvFormat.parse(FORMAT), torch.device("cpu")
-    (row,) = host.host_rows(case, fmt, device)
-    assert (row["call"], row["time_us"], row["iterations"]) == (host.METHOD, 7.0, host.REPEATS)
-
-    called: list[Any] = []
-    operators = SimpleNamespace(
-        scratch=lambda *_, **__: SimpleNamespace(workspace="w", error_word="e"),
-        tensors_of=lambda cache: {"pool": cache.pool},
-        decode_into=lambda *given: called.append(given),
-    )
-    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(host.importlib, "import_module", lambda name: operators)
-    method, operator = host.host_rows(case, fmt, device)
-    assert (method["call"], operator["call"]) == (host.METHOD, host.OPERATOR)
-    assert called[0][2] is None
-    assert called[0][4:] == ("w", "e", FORMAT, 16, 64)
+    rows = host.host_rows(case, fmt, device)
+    assert len({row["call"] for row in rows}) == len(rows) == 6
+    assert {host.METHOD, host.OPERATOR} < {row["call"] for row in rows}
+    assert {(row["time_us"], row["iterations"]) for row in rows} == {(7.0, host.REPEATS)}
