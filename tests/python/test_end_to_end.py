@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
