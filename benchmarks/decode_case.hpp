@@ -145,8 +145,11 @@ inline std::int64_t decode_bytes(const Case& c, const Request& r) {
   return std::int64_t{c.batch} * c.heads_kv * head + query_bytes(c, r.format.head_dim);
 }
 
+inline constexpr std::int64_t kLargeBytes = std::int64_t{24} << 30;  // twice as much may not fit
+
 // Caches to take turns through: 4x the L2 lies between two reads of the same byte.
 inline int copies_needed(std::int64_t moved, std::int64_t l2_bytes) {
+  if (moved > kLargeBytes) return 1;  // hundreds of times the L2
   return static_cast<int>(1 + std::max<std::int64_t>(1, (4 * l2_bytes + moved - 1) / moved));
 }
 

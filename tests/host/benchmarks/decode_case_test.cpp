@@ -92,6 +92,7 @@ TEST_CASE("bytes and rotation are those of the Python benchmark") {
 
   const std::int64_t l2 = 60 << 20;
   CHECK(copies_needed(1 << 30, l2) == 2);
+  CHECK(copies_needed(std::int64_t{30} << 30, l2) == 1);
   for (const std::int64_t moved : {std::int64_t{4'000'000}, l2, 3 * l2 + 1, 4 * l2, 5 * l2}) {
     const int copies = copies_needed(moved, l2);
     CHECK((copies - 1) * moved >= 4 * l2);
