@@ -30,7 +30,7 @@ def decode_row(name: str, time_us: float, length: int = 1024, **other: Any) -> d
     case = {"batch": 8, "heads_kv": 8, "group": 4, "length": length, "mode": "graph"}
     case |= {"case": f"{other.get('batch', 8)}x8x4@{length}", "query_tokens": 1, "head_dim": 128}
     ours = name in (INT4, INT2)
-    zones = {"sinks": 16 if ours else None, "recent": 64 if ours else None}
+    zones: dict[str, Any] = {"sinks": 16 if ours else None, "recent": 64 if ours else None}
     zones["selection"] = "plan" if ours else None
     kernel = {"format": name if ours else "float16", "kernel": "decode" if ours else name}
     moved = 8 * 8 * length * 2 * 128 * (0.53 if name == INT4 else 0.28 if name == INT2 else 2)
@@ -68,7 +68,8 @@ def completed(rows: list[dict[str, Any]]) -> Any:
 
 
 def test_rows_have_facts(plots: Any, tmp_path: Path) -> None:
-    path, rows = tmp_path / "new.json", [{"time_us": 1.0}, {"time_us": None}]
+    path = tmp_path / "new.json"
+    rows: list[dict[str, Any]] = [{"time_us": 1.0}, {"time_us": None}]
     path.write_text(json.dumps({"facts": {"sms": 132}, "rows": rows}))
     assert plots.load_rows(path) == [{"sms": 132} | row for row in rows]
 
