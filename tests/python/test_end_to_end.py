@@ -134,8 +134,8 @@ def test_llama_shape(step: Any) -> None:
 
 
 FIELDS = {
-    "batch", "heads_kv", "group", "length", "format", "sinks", "recent", "kernel", "mode",
-    "cache_bytes", "time_us", "p10_us", "p90_us", "iterations",
+    "case", "batch", "heads_kv", "group", "query_tokens", "length", "head_dim", "format", "sinks",
+    "recent", "kernel", "mode", "cache_bytes", "time_us", "p10_us", "p90_us", "iterations",
 }  # fmt: skip
 TIMED = FIELDS | {
     "without_attention_us", "attention_share", "ms_per_token", "tokens_per_s",

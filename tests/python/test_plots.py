@@ -104,7 +104,7 @@ def test_roofline(plots: Any) -> None:
     for row in filter(plots.is_ours, rows):
         x, y = plots.codes(row) / row["bytes"], plots.codes(row) / row["time_us"] / 1e3 / 100
         assert any((x, y) == pytest.approx(point) for point in found[plots.label(row["format"])])
-        assert y == pytest.approx(best * x * row["fraction_of_ceiling"])
+        assert y == pytest.approx(best * x * row["fraction_of_ceiling"], rel=1e-3)  # rounded
     assert plots.columns_of(rows[0] | {"query_tokens": 3}) == 16
     assert plots.columns_of(rows[0] | {"query_tokens": 99}) == 396
 
