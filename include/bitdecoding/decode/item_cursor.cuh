@@ -60,6 +60,7 @@ struct BatchItems {
   int run = 1;
   int mine = 0;
   int total = 0;
+  bool has_empty = false;  // sequences without items
   SequenceState first;  // of the lane's first sequence
 };
 __device__ inline int sequences_run(const PagedKvCache& cache) { return (cache.batch + 31) / 32; }
@@ -72,13 +73,17 @@ __device__ inline SequenceState load_first_state(const PagedKvCache& cache, int 
 // `state`: load_first_state's. Each of the others is on its way while the one before is counted.
 __device__ inline BatchItems count_items(const PagedKvCache& cache, const BatchShape& shape,
                                          int lane, SequenceState state) {
-  BatchItems items{sequences_run(cache), 0, 0, state};
+  BatchItems items{.run = sequences_run(cache), .first = state};
+  bool is_empty = false;
   const int begin = lane * items.run, end = min(begin + items.run, cache.batch);
   for (int sequence = begin; sequence < end; ++sequence) {
     const SequenceState next = load_state(cache, min(sequence + 1, cache.batch - 1));
-    items.mine += find_segment(cache, shape.item_tokens, state).items();
+    const int count = find_segment(cache, shape.item_tokens, state).items();
+    items.mine += count;
+    is_empty |= count == 0;
     state = next;
   }
+  items.has_empty = __any_sync(0xffffffffu, is_empty);
   const auto mine = static_cast<unsigned>(items.mine);
   items.total = static_cast<int>(__reduce_add_sync(0xffffffffu, mine)) * shape.heads;
   return items;

@@ -73,7 +73,7 @@ class DecodeCta {
       __syncthreads();
       merge_warps();
     }
-    write_other_sequences();
+    if (items.has_empty) write_other_sequences();
   }
 
  private:

@@ -60,10 +60,13 @@ class Shares {
     return share * base_ + (share < longer_ ? share : longer_);
   }
   constexpr ItemRange range(int share) const { return {begin(share), begin(share + 1)}; }
-  // The share that holds an item.
+  // The share that holds an item. One division serves both kinds of shares.
   constexpr int at(int item) const {
     const int in_longer = longer_ * (base_ + 1);
-    return item < in_longer ? item / (base_ + 1) : longer_ + (item - in_longer) / base_;
+    const bool is_longer = item < in_longer;
+    const auto offset = static_cast<unsigned>(is_longer ? item : item - in_longer);
+    const auto size = static_cast<unsigned>(is_longer ? base_ + 1 : base_);
+    return (is_longer ? 0 : longer_) + static_cast<int>(offset / size);
   }
 
  private:
