@@ -15,8 +15,8 @@ set(BITDECODING_KERNEL_TABLE
 #  kind          pages      tile  registers  stack  shared
   "pack          *          -            48      0       0"   # prefill pack, every device
   "append        *          -            64      0       0"   # append, every device
-  "decode_sm80   *          n4          168      0       0"   # decode for 8.0 to 8.9, cp.async rings: 12 warps
-  "decode_sm80   *          n8          168      0       0"
+  "decode_sm80   *          n4          168     16       0"   # decode for 8.0 to 8.9, cp.async rings: 12 warps; spills, in merges
+  "decode_sm80   *          n8          168     16       0"
   "decode_sm80   *          n16         255      0       0"   #   8 warps
   "decode_sm80   *_c_d128   n16         255     16       0"   #   spills
   "decode_sm80   *_t_d128   n16         255    128       0"   #   spills
