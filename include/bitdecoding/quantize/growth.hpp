@@ -21,10 +21,11 @@ struct Growth {
 
   // Columns of the block table: pages [first_column, end_column) are filled, of which those from
   // new_column on hold new tokens alone.
-  constexpr int first_column() const { return old_packed / page_tokens; }
-  constexpr int end_column() const { return packed / page_tokens; }
+  constexpr int first_column() const { return pages(old_packed); }
+  constexpr int end_column() const { return pages(packed); }
   constexpr int new_column() const {
-    const int behind_ring = old_length / page_tokens + (old_length % page_tokens != 0 ? 1 : 0);
+    const int partly = (old_length & (page_tokens - 1)) != 0 ? 1 : 0;
+    const int behind_ring = pages(old_length) + partly;
     return behind_ring < end_column() ? behind_ring : end_column();
   }
 
@@ -33,6 +34,13 @@ struct Growth {
     return keep_first < length ? keep_first : length;
   }
   constexpr int tail_begin() const { return packed > old_length ? packed : old_length; }
+  // Whether tokens [old_packed, length) have ring rows of their own: new ones may be kept before
+  // pages are filled. So it is wherever the ring was made for appends of this size.
+  constexpr bool keeps_apart(int tail_tokens) const { return length - old_packed <= tail_tokens; }
+
+ private:
+  // Page sizes are powers of two: kernels needn't divide.
+  constexpr int pages(int tokens) const { return tokens >> (page_tokens == 64 ? 6 : 7); }
 };
 
 // `count` more tokens; their sum must be an int.
