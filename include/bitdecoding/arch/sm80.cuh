@@ -42,16 +42,6 @@ __device__ inline int count(int* counter) {
   return before;
 }
 
-// The same of a counter that goes around: 0 follows `last`.
-__device__ inline int count_around(int* counter, int last) {
-  int before;
-  asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(counter), "r"(last)
-               : "memory");
-  return before;
-}
-
 // 2^x, to 2 ulp; -inf gives 0.
 __device__ inline float exp2(float x) {
   float power;

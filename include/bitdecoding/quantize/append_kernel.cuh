@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // Append on the device, in one launch. CTAs of a sequence:
-//   one for each head        keeps the new tokens that stay in fp16, K and V, and fills the pages
-//                            that hold tokens of the ring
+//   one for each head        fills the pages that hold tokens of the ring, then keeps the new tokens
+//                            that stay in fp16, K and V: their ring rows may be those of tokens
+//                            just packed
 //   one for each of the most pages that may hold new tokens alone, head, and K or V    fills its
 //                            half of the page's record, if there is such a page
 // No CTA reads ring rows that another one writes. Bytes equal the CPU backend's. Of a sequence with
 // a fault nothing is written, and it is reported.
 //
-// A step of few tokens is as long as its chain of latencies: state --> the new tokens' rows; state,
-// counter --> the new state. Input rows that can be known before are read before.
+// A step of few tokens is as long as its chain of latencies: state --> the new tokens' rows; state
+// --> counter --> the new state. What needn't wait for the state is read beside it.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "bitdecoding/arch/sm80.cuh"
 #include "bitdecoding/quantize/append_problem.hpp"
 #include "bitdecoding/quantize/growth.hpp"
 #include "bitdecoding/quantize/head_tokens.cuh"
@@ -39,6 +39,20 @@ __device__ inline AppendTask find_append_task(int num_kv_heads) {
   return {batch, i / 2 % num_kv_heads, i / 2 / num_kv_heads, i % 2, i % 2 + 1};
 }
 
+// All that a sequence's append depends on, but for page ids.
+struct AppendInput {
+  SequenceState state;
+  int begin, count;  // of its run
+};
+
+// None of these loads waits for another.
+__device__ inline AppendInput read_input(const AppendProblem& p, int batch) {
+  const PagedKvCache& c = p.cache;
+  return {{c.lengths[batch], c.packed[batch], c.slots[batch]},
+          p.runs.begin(batch),
+          p.runs.count(batch)};
+}
+
 // A sequence's append, the same in each of its CTAs.
 struct AppendStep {
   Growth growth;
@@ -55,16 +69,13 @@ struct AppendStorage {
   AppendStep step;
 };
 
-__device__ inline AppendStep find_step(const AppendProblem& p, int batch) {
+__device__ inline AppendStep find_step(const AppendProblem& p, const AppendInput& input) {
   const PagedKvCache& c = p.cache;
-  // None of these loads waits for another.
-  const SequenceState state{c.lengths[batch], c.packed[batch], c.slots[batch]};
-  const int begin = p.runs.begin(batch);
-  const int count = p.runs.count(batch);
-  AppendStep step{{}, state.slot, begin, find_fault(p.runs, begin, count)};
+  const SequenceState& state = input.state;
+  AppendStep step{{}, state.slot, input.begin, find_fault(p.runs, input.begin, input.count)};
   if (!step.fault && has_fault(c, state)) step.fault = find_fault(c, state);
-  if (!step.fault) step.fault = find_growth_fault(c, state, count, p.max_tokens);
-  if (!step.fault) step.growth = grow(c, state.length, state.packed, count);
+  if (!step.fault) step.fault = find_growth_fault(c, state, input.count, p.max_tokens);
+  if (!step.fault) step.growth = grow(c, state.length, state.packed, input.count);
   return step;
 }
 
@@ -80,8 +91,8 @@ __device__ inline bool is_sound(const PagedKvCache& c, int batch, const AppendSt
     if (blockIdx.x == 0 && threadIdx.x == 0) report(error_word, batch, step.fault);
     return false;
   }
+  if (!step.growth.fills_pages()) return true;
   const int end_column = step.growth.end_column();
-  if (step.growth.first_column() == end_column) return true;
   const std::int32_t* ids = page_ids(c, batch);
   Fault fault;
 #pragma unroll 1
@@ -94,14 +105,14 @@ __device__ inline bool is_sound(const PagedKvCache& c, int batch, const AppendSt
   return __syncthreads_and(!fault) != 0;
 }
 
-// Called by one thread of every CTA of a sequence once the CTA has read the sequence's state: the
-// last one may overwrite it, whatever the others are still doing, and leaves the counter zero.
-// A CTA's reads come before its barrier, that before its count, which releases; the last count
-// acquires, by way of those between, all that were released before.
+// Called by one thread of every CTA of a sequence once the CTA has the sequence's state: the last
+// one may overwrite it, whatever the others are still doing, and leaves the counter zero. It takes
+// no fence: what a CTA has read has arrived before it counts, and nothing that one writes is read
+// by another.
 __device__ inline void settle(const PagedKvCache& c, int batch, const AppendStep& step, bool sound,
                               int* counters) {
-  const int last = static_cast<int>(gridDim.x) - 1;
-  if (arch::count_around(counters + batch, last) != last || !sound) return;
+  const unsigned last = gridDim.x - 1;
+  if (atomicInc(reinterpret_cast<unsigned*>(counters) + batch, last) != last || !sound) return;
   c.lengths[batch] = step.growth.length;
   c.packed[batch] = step.growth.packed;
 }
@@ -113,25 +124,38 @@ __device__ inline void settle(const PagedKvCache& c, int batch, const AppendStep
 template <int HeadDim>
 class KeptTokens {
  public:
-  // What can be read without knowing the sequence's state is under way when this returns: where
-  // rows are whole, the thread's first piece.
   __device__ KeptTokens(const AppendProblem& p, const AppendTask& task)
-      : rows_(tensor() == 0 ? p.k : p.v),
-        has_piece_(task.new_page < 0 && p.runs.leftpad == nullptr && p.runs.num_tokens == nullptr) {
-    if (has_piece_ && first_row() < p.runs.row_tokens) piece_ = load(row(task, 0), first_row());
+      : rows_(tensor() == 0 ? p.k : p.v), task_(task) {}
+
+  // Reads the thread's first piece where rows are whole: it needn't wait for the sequence's state.
+  __device__ void begin(const TokenRuns& runs) {
+    has_piece_ = task_.new_page < 0 && runs.leftpad == nullptr && runs.num_tokens == nullptr &&
+                 first_token() < runs.row_tokens;
+    if (has_piece_) piece_ = load(row(0), first_token());
   }
 
-  __device__ void keep(const PagedKvCache& c, const AppendTask& task,
-                       const AppendStep& step) const {
+  __device__ void keep(const PagedKvCache& c, const AppendStep& step) const {
     const Growth& g = step.growth;
-    const std::uint16_t* input = row(task, step.begin);
-    std::uint16_t* side = c.side + c.side_offset(step.slot, task.head, tensor());
-    move(0, g.first_end(c.keep_first) - g.old_length, input, [&](int i) {
-      return side + static_cast<std::int64_t>(c.first_row(g.old_length + i)) * HeadDim;
-    });
-    move(g.tail_begin() - g.old_length, g.length - g.old_length, input, [&](int i) {
-      return side + static_cast<std::int64_t>(c.tail_row(g.old_length + i)) * HeadDim;
-    });
+    // Of the new tokens: [0, first_end) go to the first rows, [tail_begin, count) to the ring.
+    const int first_end = g.first_end(c.keep_first) - g.old_length;
+    const int tail_begin = g.tail_begin() - g.old_length, count = g.length - g.old_length;
+    std::uint16_t* side = c.side + c.side_offset(step.slot, task_.head, tensor()) + channel();
+    const auto side_row = [&](int row) {
+      return reinterpret_cast<uint4*>(side + static_cast<std::int64_t>(row) * HeadDim);
+    };
+    const auto first_row = [&](int i) { return side_row(c.first_row(g.old_length + i)); };
+    const auto tail_row = [&](int i) { return side_row(c.tail_row(g.old_length + i)); };
+    int begin = 0;
+    if (has_piece_) {
+      const int i = first_token();
+      const uint4 eight = arrive(piece_, rows_.type);
+      if (i < first_end) *first_row(i) = eight;
+      if (i >= tail_begin && i < count) *tail_row(i) = eight;
+      begin = kRowStep;
+    }
+    const std::uint16_t* input = row(step.begin);
+    move(begin, first_end, input, first_row);
+    move(max(begin, tail_begin), count, input, tail_row);
   }
 
  private:
@@ -140,11 +164,11 @@ class KeptTokens {
 
   __device__ static int channel() { return threadIdx.x % kPieces * 8; }
   __device__ static int tensor() { return threadIdx.x / kPieces % 2; }
-  __device__ static int first_row() { return threadIdx.x / (2 * kPieces); }
+  __device__ static int first_token() { return threadIdx.x / (2 * kPieces); }
 
-  __device__ const std::uint16_t* row(const AppendTask& task, int token) const {
+  __device__ const std::uint16_t* row(int token) const {
     return static_cast<const std::uint16_t*>(rows_.data) +
-           rows_.offset(task.batch, token, task.head);
+           rows_.offset(task_.batch, token, task_.head);
   }
   __device__ uint4 load(const std::uint16_t* input, int i) const {
     // Read once: not to stay in L2.
@@ -156,26 +180,23 @@ class KeptTokens {
   __device__ void move(int begin, int end, const std::uint16_t* input, const RowOf& row_of) const {
     constexpr int kBatch = 4;
 #pragma unroll 1
-    for (int first = begin + first_row(); first < end; first += kBatch * kRowStep) {
+    for (int first = begin + first_token(); first < end; first += kBatch * kRowStep) {
       uint4 pieces[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int token = first + i * kRowStep;
-        const bool is_there = i == 0 && has_piece_ && token == first_row();
-        if (token < end) pieces[i] = is_there ? piece_ : load(input, token);
+        if (first + i * kRowStep < end) pieces[i] = load(input, first + i * kRowStep);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int token = first + i * kRowStep;
-        if (token < end) {
-          *reinterpret_cast<uint4*>(row_of(token) + channel()) = arrive(pieces[i], rows_.type);
-        }
+        if (token < end) *row_of(token) = arrive(pieces[i], rows_.type);
       }
     }
   }
 
   TokenRows rows_;
-  bool has_piece_;
+  AppendTask task_;
+  bool has_piece_ = false;
   uint4 piece_;
 };
 
@@ -189,31 +210,23 @@ class PageFiller {
   __device__ PageFiller(const AppendProblem& p, const layout::PageRecord& record,
                         const AppendTask& task, const AppendStep& step,
                         PackStorage<Config.head_dim>& storage)
-      : p_(p), record_(record), task_(task), step_(step), storage_(storage) {
-    const Growth& g = step.growth;
-    column_ = task.new_page < 0 ? g.first_column() : g.new_column() + task.new_page;
-    tensor_ = task.first_tensor;
-  }
+      : p_(p), record_(record), task_(task), step_(step), storage_(storage) {}
 
   // Begins to read the first tile: into shared memory alone, whatever its page may be.
-  __device__ void begin() const {
-    if (column_ >= end_column()) return;
-    const auto sX = make_tile<Config.head_dim>(storage_.tile.data());  // (N,D)
-    tokens().begin_tile(position(), tokens_of_page(), sX);
-    // What comes next is brought nearer while this one is packed.
-    if (tensor_ + 1 < task_.end_tensor) tokens(tensor_ + 1).prefetch(position(), tokens_of_page());
-  }
+  __device__ void begin() const { begin(first_column(), task_.first_tensor); }
   __device__ void abandon() const { cute::cp_async_wait<0>(); }
 
-  __device__ void fill() {
-    while (column_ < end_column()) {
-      fill_half();
+  // After begin().
+  __device__ void fill() const {
+    int column = first_column(), tensor = task_.first_tensor;
+    while (column < end_column()) {
+      fill_half(column, tensor);
       __syncthreads();  // the tile is free, and rows of the ring have been read
-      if (++tensor_ == task_.end_tensor) {
-        tensor_ = task_.first_tensor;
-        ++column_;
+      if (++tensor == task_.end_tensor) {
+        tensor = task_.first_tensor;
+        ++column;
       }
-      begin();
+      begin(column, tensor);
     }
   }
 
@@ -222,14 +235,15 @@ class PageFiller {
 
   __device__ int tokens_of_page() const { return p_.cache.format.page_tokens; }
   // A CTA of a page of new tokens alone has this one.
+  __device__ int first_column() const {
+    const Growth& g = step_.growth;
+    return task_.new_page < 0 ? g.first_column() : g.new_column() + task_.new_page;
+  }
   __device__ int end_column() const {
     const Growth& g = step_.growth;
-    return task_.new_page < 0 ? g.new_column()
-                              : min(g.new_column() + task_.new_page + 1, g.end_column());
+    return task_.new_page < 0 ? g.new_column() : min(first_column() + 1, g.end_column());
   }
-  __device__ int position() const { return column_ * tokens_of_page(); }
 
-  __device__ Tokens tokens() const { return tokens(tensor_); }
   __device__ Tokens tokens(int tensor) const {
     const TokenRows& rows = tensor == 0 ? p_.k : p_.v;
     return Tokens(p_.cache, step_.growth.old_length, rows,
@@ -238,16 +252,26 @@ class PageFiller {
                   p_.cache.side + p_.cache.side_offset(step_.slot, task_.head, tensor));
   }
 
-  __device__ void fill_half() const {
+  __device__ void begin(int column, int tensor) const {
+    if (column >= end_column()) return;
+    const auto sX = make_tile<Config.head_dim>(storage_.tile.data());  // (N,D)
+    const int position = column * tokens_of_page();
+    tokens(tensor).begin_tile(position, tokens_of_page(), sX);
+    // What comes next is brought nearer while this one is packed.
+    if (tensor + 1 < task_.end_tensor) tokens(tensor + 1).prefetch(position, tokens_of_page());
+  }
+
+  __device__ void fill_half(int column, int tensor) const {
     const PagedKvCache& c = p_.cache;
-    const std::int64_t id = page_ids(c, task_.batch)[column_];
+    const int position = column * tokens_of_page();
+    const std::int64_t id = page_ids(c, task_.batch)[column];
     std::uint8_t* bytes = c.pool + (id * c.num_kv_heads + task_.head) * record_.page_bytes();
     const layout::PackedKvPage<Config> page(record_, bytes);
     const auto load = [&](const auto& sX) {  // (N,D)
-      tokens().end_tile(position(), tokens_of_page(), sX);
+      tokens(tensor).end_tile(position, tokens_of_page(), sX);
     };
-    if (tensor_ == 0) {
-      pack_k<Config>(load, c.keep_first - position(), page, storage_);
+    if (tensor == 0) {
+      pack_k<Config>(load, c.keep_first - position, page, storage_);
     } else {
       pack_v<Config>(load, page, storage_);
       zero_padding(page, bytes);
@@ -259,7 +283,6 @@ class PageFiller {
   const AppendTask& task_;
   const AppendStep& step_;
   PackStorage<Config.head_dim>& storage_;
-  int column_, tensor_;
 };
 
 // What a CTA does, `storage` in shared memory.
@@ -269,30 +292,31 @@ __device__ void append_by_cta(const AppendProblem& p, const layout::PageRecord& 
                               int* error_word) {
   const PagedKvCache& c = p.cache;
   const AppendTask found = find_append_task(c.num_kv_heads);
-  const KeptTokens<Config.head_dim> kept(p, found);
+  AppendInput input;
+  if (threadIdx.x == 0) input = read_input(p, found.batch);
+  KeptTokens<Config.head_dim> kept(p, found);
+  kept.begin(p.runs);
   if (threadIdx.x == 0) {
     storage.task = found;
-    storage.step = find_step(p, found.batch);
+    storage.step = find_step(p, input);
   }
   __syncthreads();
   const AppendTask& task = storage.task;
   const AppendStep& step = storage.step;
-  const Growth& g = step.growth;  // nothing grows where there is a fault
+  const bool fills_pages = step.growth.fills_pages();  // not where there is a fault
 
-  PageFiller<Config> pages(p, record, task, step, storage.pack);
-  pages.begin();
+  const PageFiller<Config> pages(p, record, task, step, storage.pack);
+  if (fills_pages) pages.begin();
   const bool sound = is_sound(c, task.batch, step, error_word);
   // A warp that has the fewest rows to move.
   if (threadIdx.x == kPackThreads - 1) settle(c, task.batch, step, sound, counters);
   if (!sound) return pages.abandon();
 
-  // New tokens may need rows of tokens that pages still need: those come first. (Rows of the ring
-  // that this CTA has begun to copy are none of the new ones where keeps_apart().)
-  if (task.new_page < 0 && g.keeps_apart(c.tail_tokens)) kept.keep(c, task, step);
-  pages.fill();
-  if (task.new_page < 0 && !g.keeps_apart(c.tail_tokens)) {
-    KeptTokens<Config.head_dim>(p, task).keep(c, task, step);  // anew: no registers in between
+  if (fills_pages) {
+    pages.fill();
+    kept = KeptTokens<Config.head_dim>(p, task);  // anew: no registers in between
   }
+  if (task.new_page < 0) kept.keep(c, step);
 }
 
 // `Row` is a row of the kernel table: a struct whose static `config` is the PageConfig.

@@ -19,6 +19,7 @@ struct Growth {
   int old_packed = 0;
   int packed = 0;
 
+  constexpr bool fills_pages() const { return old_packed < packed; }
   // Columns of the block table: pages [first_column, end_column) are filled, of which those from
   // new_column on hold new tokens alone.
   constexpr int first_column() const { return pages(old_packed); }
@@ -34,9 +35,6 @@ struct Growth {
     return keep_first < length ? keep_first : length;
   }
   constexpr int tail_begin() const { return packed > old_length ? packed : old_length; }
-  // Whether tokens [old_packed, length) have ring rows of their own: new ones may be kept before
-  // pages are filled. So it is wherever the ring was made for appends of this size.
-  constexpr bool keeps_apart(int tail_tokens) const { return length - old_packed <= tail_tokens; }
 
  private:
   // Page sizes are powers of two: kernels needn't divide.
