@@ -48,6 +48,7 @@ inline constexpr Coordinates<&emulation::Machine::ctas> gridDim;
 
 // ---- barriers, shuffles, votes: always of whole warps ----
 inline void __syncthreads() { emulation::machine()->sync_threads(); }
+inline int __syncthreads_and(bool holds) { return emulation::machine()->sync_threads_and(holds); }
 inline void __syncwarp() { emulation::sync_warp(); }
 
 inline void require_whole_warp(unsigned mask) {
@@ -93,6 +94,12 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
 inline int atomicCAS(int* address, int expected, int desired) {
   const int before = *address;
   if (before == expected) *address = desired;
+  emulation::machine()->pass();
+  return before;
+}
+inline unsigned atomicInc(unsigned* address, unsigned last) {
+  const unsigned before = *address;
+  *address = before >= last ? 0 : before + 1;
   emulation::machine()->pass();
   return before;
 }

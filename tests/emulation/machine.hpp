@@ -104,6 +104,15 @@ class Machine {
     mine.arrived = 0;
     release(cta() * grid_.threads, grid_.threads);
   }
+  // Whether it holds for all threads of the CTA.
+  bool sync_threads_and(bool holds) {
+    Cta& mine = ctas_[cta()];
+    mine.holds_for_all = holds && (mine.arrived == 0 || mine.holds_for_all);
+    sync_threads();
+    const bool holds_for_all = mine.holds_for_all;
+    sync_threads();  // nobody votes anew before all have read this
+    return holds_for_all;
+  }
   // Others may come first.
   void pass() { fibers_.pass(); }
   int draw(int below) { return static_cast<int>(random_() % static_cast<unsigned>(below)); }
@@ -208,6 +217,7 @@ class Machine {
 
     GuardedArray<std::uint8_t> shared;
     int arrived = 0;
+    bool holds_for_all = true;
     std::map<const std::uint64_t*, Barrier> barriers;
   };
 
