@@ -109,12 +109,9 @@ __device__ inline bool is_sound(const PagedKvCache& c, int batch, const AppendSt
 // one may overwrite it, whatever the others are still doing, and leaves the counter zero. It takes
 // no fence: what a CTA has read has arrived before it counts, and nothing that one writes is read
 // by another.
-__device__ inline void settle(const PagedKvCache& c, int batch, const AppendStep& step, bool sound,
-                              int* counters) {
+__device__ inline bool is_last(int batch, int* counters) {
   const unsigned last = gridDim.x - 1;
-  if (atomicInc(reinterpret_cast<unsigned*>(counters) + batch, last) != last || !sound) return;
-  c.lengths[batch] = step.growth.length;
-  c.packed[batch] = step.growth.packed;
+  return atomicInc(reinterpret_cast<unsigned*>(counters) + batch, last) == last;
 }
 
 // ---- tokens that stay in fp16 ----
@@ -303,15 +300,19 @@ __device__ void append_by_cta(const AppendProblem& p, const layout::PageRecord& 
   __syncthreads();
   const AppendTask& task = storage.task;
   const AppendStep& step = storage.step;
-  const bool fills_pages = step.growth.fills_pages();  // not where there is a fault
+  // Of a warp that has the fewest rows to move.
+  const bool settles = threadIdx.x == kPackThreads - 1 && is_last(task.batch, counters);
 
+  const bool fills_pages = step.growth.fills_pages();  // not where there is a fault
   const PageFiller<Config> pages(p, record, task, step, storage.pack);
   if (fills_pages) pages.begin();
   const bool sound = is_sound(c, task.batch, step, error_word);
-  // A warp that has the fewest rows to move.
-  if (threadIdx.x == kPackThreads - 1) settle(c, task.batch, step, sound, counters);
   if (!sound) return pages.abandon();
 
+  if (settles) {
+    c.lengths[task.batch] = step.growth.length;
+    c.packed[task.batch] = step.growth.packed;
+  }
   if (fills_pages) {
     pages.fill();
     kept = KeptTokens<Config.head_dim>(p, task);  // anew: no registers in between

@@ -40,17 +40,25 @@ class HeadTokens {
   template <class Tile>
   __device__ void begin_tile(int begin, int tokens, const Tile& sX) const {
     const int channel = threadIdx.x % kPieces * 8;
-    int row = threadIdx.x / kPieces;
-    int ring_row = (begin + row) % tail_tokens_;
-#pragma unroll 1
-    for (; row < tokens; row += kRowStep) {
-      const std::uint16_t* from =
-          begin + row < old_length_ ? tail_row(ring_row) : new_row(begin + row);
+    const int first_row = threadIdx.x / kPieces;
+    int position = begin + first_row;
+    int ring_row = position % tail_tokens_;
+    const std::uint16_t* ring = tail_row(ring_row) + channel;
+    const std::uint16_t* input = new_row(position) + channel;
+#pragma unroll 2
+    for (int row = first_row; row < tokens; row += kRowStep) {
+      const std::uint16_t* from = position < old_length_ ? ring : input;
       cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
-          reinterpret_cast<const cute::uint128_t&>(from[channel]),
+          reinterpret_cast<const cute::uint128_t&>(*from),
           reinterpret_cast<cute::uint128_t&>(sX(row, channel)));
+      position += kRowStep;
+      input += kRowStep * token_stride_;
+      ring += kRowStep * HeadDim;
       ring_row += kRowStep;  // a ring has at least a page of rows
-      if (ring_row >= tail_tokens_) ring_row -= tail_tokens_;
+      if (ring_row >= tail_tokens_) {
+        ring_row -= tail_tokens_;
+        ring -= static_cast<std::int64_t>(tail_tokens_) * HeadDim;
+      }
     }
     cute::cp_async_fence();
   }
