@@ -194,7 +194,7 @@ class KeptTokens {
   TokenRows rows_;
   AppendTask task_;
   bool has_piece_ = false;
-  uint4 piece_;
+  uint4 piece_{};
 };
 
 // ---- pages ----
