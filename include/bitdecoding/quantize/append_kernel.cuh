@@ -252,10 +252,7 @@ class PageFiller {
   __device__ void begin(int column, int tensor) const {
     if (column >= end_column()) return;
     const auto sX = make_tile<Config.head_dim>(storage_.tile.data());  // (N,D)
-    const int position = column * tokens_of_page();
-    tokens(tensor).begin_tile(position, tokens_of_page(), sX);
-    // What comes next is brought nearer while this one is packed.
-    if (tensor + 1 < task_.end_tensor) tokens(tensor + 1).prefetch(position, tokens_of_page());
+    tokens(tensor).begin_tile(column * tokens_of_page(), tokens_of_page(), sX);
   }
 
   __device__ void fill_half(int column, int tensor) const {
@@ -266,6 +263,8 @@ class PageFiller {
     const layout::PackedKvPage<Config> page(record_, bytes);
     const auto load = [&](const auto& sX) {  // (N,D)
       tokens(tensor).end_tile(position, tokens_of_page(), sX);
+      // What comes next is brought nearer while this one is packed, not before it has come.
+      if (tensor + 1 < task_.end_tensor) tokens(tensor + 1).prefetch(position, tokens_of_page());
     };
     if (tensor == 0) {
       pack_k<Config>(load, c.keep_first - position, page, storage_);
