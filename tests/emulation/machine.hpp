@@ -26,8 +26,9 @@ enum class Landing { at_once, at_any_time, when_awaited };
 
 struct Grid {
   int ctas = 1;
-  int threads = kLanes;  // of a CTA
-  int shared_bytes = 0;  // of a CTA
+  int threads = kLanes;     // of a CTA
+  int shared_bytes = 0;     // of a CTA
+  int column = 0, row = 0;  // of the first CTA, where the grid is a part of a larger one
 };
 
 inline void require(bool holds, const char* rule) {
@@ -77,6 +78,8 @@ class Machine {
   int ctas() const { return grid_.ctas; }
   int threads() const { return grid_.threads; }  // of a CTA
   int cta() const { return fibers_.current() / grid_.threads; }
+  int column() const { return grid_.column + cta(); }
+  int row() const { return grid_.row; }
   int thread() const { return fibers_.current() % grid_.threads; }
   int lane() const { return thread() % kLanes; }
 
@@ -100,6 +103,15 @@ class Machine {
     if (++mine.arrived < grid_.threads) return fibers_.wait();
     mine.arrived = 0;
     release(cta() * grid_.threads, grid_.threads);
+  }
+  // Whether it holds for all threads of the CTA.
+  bool sync_threads_and(bool holds) {
+    Cta& mine = ctas_[cta()];
+    mine.holds_for_all = holds && (mine.arrived == 0 || mine.holds_for_all);
+    sync_threads();
+    const bool holds_for_all = mine.holds_for_all;
+    sync_threads();  // nobody votes anew before all have read this
+    return holds_for_all;
   }
   // Others may come first.
   void pass() { fibers_.pass(); }
@@ -205,6 +217,7 @@ class Machine {
 
     GuardedArray<std::uint8_t> shared;
     int arrived = 0;
+    bool holds_for_all = true;
     std::map<const std::uint64_t*, Barrier> barriers;
   };
 

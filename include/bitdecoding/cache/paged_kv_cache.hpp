@@ -57,9 +57,10 @@ constexpr int min_tail_tokens(int keep_last, int page_tokens, int max_append) {
 }
 
 // Tokens in pages once a sequence has `length` tokens: whole pages older than the newest keep_last.
+// Page sizes are powers of two: kernels needn't divide.
 constexpr int packed_tokens(int length, int keep_last, int page_tokens, int packed_before) {
   const int old_tokens = length > keep_last ? length - keep_last : 0;
-  return std::max(packed_before, old_tokens / page_tokens * page_tokens);
+  return std::max(packed_before, old_tokens & ~(page_tokens - 1));
 }
 
 // Everything the host can check of a cache without reading device memory.

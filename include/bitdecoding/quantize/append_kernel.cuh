@@ -1,30 +1,56 @@
 // SPDX-License-Identifier: Apache-2.0
-// Append on the device, in one launch. CTA (part, head, tensor) of a sequence:
-//   part 0   fills the pages that hold tokens of the ring, then keeps the new tokens that stay in
-//            fp16: their ring rows may be those of tokens just packed
-//   part i   fills the i-th page of new tokens alone
-// Bytes equal the CPU backend's. Of a sequence with a fault nothing is written, and it is reported.
+// Append on the device, in one launch. CTAs of a sequence:
+//   one for each head        fills the pages that hold tokens of the ring, then keeps the new tokens
+//                            that stay in fp16, K and V: their ring rows may be those of tokens
+//                            just packed
+//   one for each of the most pages that may hold new tokens alone, head, and K or V    fills its
+//                            half of the page's record, if there is such a page
+// No CTA reads ring rows that another one writes. Bytes equal the CPU backend's. Of a sequence with
+// a fault nothing is written, and it is reported.
+//
+// A step of few tokens is as long as its chain of latencies: state --> the new tokens' rows; state
+// --> counter --> the new state. What needn't wait for the state is read beside it.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "bitdecoding/quantize/append_problem.hpp"
 #include "bitdecoding/quantize/growth.hpp"
+#include "bitdecoding/quantize/head_tokens.cuh"
 #include "bitdecoding/quantize/pack_kernel.cuh"
 
 namespace bitdecoding::quantize {
 
 // What one CTA works on.
 struct AppendTask {
-  int batch, head, tensor;  // tensor: 0 K, 1 V
-  int part;
+  int batch, head;
+  int new_page;                  // which of the pages of new tokens alone; -1: the ring's pages
+  int first_tensor, end_tensor;  // 0 K, 1 V
 };
 
-// blockIdx: x = (part, head, tensor), tensor fastest, so that neighbours read the same token rows.
+// blockIdx: x = heads, then (page, head, tensor), tensor fastest, so that neighbours read the same
+// token rows; y = sequence.
 __device__ inline AppendTask find_append_task(int num_kv_heads) {
-  const int in_part = blockIdx.x % (2 * num_kv_heads);
-  return {static_cast<int>(blockIdx.y), in_part / 2, in_part % 2,
-          static_cast<int>(blockIdx.x / (2 * num_kv_heads))};
+  const int batch = blockIdx.y, first_new = num_kv_heads;
+  if (static_cast<int>(blockIdx.x) < first_new) {
+    return {batch, static_cast<int>(blockIdx.x), -1, 0, 2};
+  }
+  const int i = blockIdx.x - first_new;
+  return {batch, i / 2 % num_kv_heads, i / 2 / num_kv_heads, i % 2, i % 2 + 1};
+}
+
+// All that a sequence's append depends on, but for page ids.
+struct AppendInput {
+  SequenceState state;
+  int begin, count;  // of its run
+};
+
+// None of these loads waits for another.
+__device__ inline AppendInput read_input(const AppendProblem& p, int batch) {
+  const PagedKvCache& c = p.cache;
+  return {{c.lengths[batch], c.packed[batch], c.slots[batch]},
+          p.runs.begin(batch),
+          p.runs.count(batch)};
 }
 
 // A sequence's append, the same in each of its CTAs.
@@ -35,22 +61,21 @@ struct AppendStep {
   Fault fault;
 };
 
+// What lasts lies in shared memory: registers are short while tiles are packed.
 template <int HeadDim>
 struct AppendStorage {
   PackStorage<HeadDim> pack;
+  AppendTask task;
   AppendStep step;
 };
 
-__device__ inline AppendStep find_step(const AppendProblem& p, int batch) {
+__device__ inline AppendStep find_step(const AppendProblem& p, const AppendInput& input) {
   const PagedKvCache& c = p.cache;
-  // None of these loads waits for another.
-  const SequenceState state{c.lengths[batch], c.packed[batch], c.slots[batch]};
-  const int begin = p.runs.begin(batch);
-  const int count = p.runs.count(batch);
-  AppendStep step{{}, state.slot, begin, find_fault(p.runs, begin, count)};
-  if (!step.fault) step.fault = find_fault(c, state);
-  if (!step.fault) step.fault = find_growth_fault(c, state, count, p.max_tokens);
-  if (!step.fault) step.growth = grow(c, state.length, state.packed, count);
+  const SequenceState& state = input.state;
+  AppendStep step{{}, state.slot, input.begin, find_fault(p.runs, input.begin, input.count)};
+  if (!step.fault && has_fault(c, state)) step.fault = find_fault(c, state);
+  if (!step.fault) step.fault = find_growth_fault(c, state, input.count, p.max_tokens);
+  if (!step.fault) step.growth = grow(c, state.length, state.packed, input.count);
   return step;
 }
 
@@ -66,8 +91,8 @@ __device__ inline bool is_sound(const PagedKvCache& c, int batch, const AppendSt
     if (blockIdx.x == 0 && threadIdx.x == 0) report(error_word, batch, step.fault);
     return false;
   }
+  if (!step.growth.fills_pages()) return true;
   const int end_column = step.growth.end_column();
-  if (step.growth.first_column() == end_column) return true;
   const std::int32_t* ids = page_ids(c, batch);
   Fault fault;
 #pragma unroll 1
@@ -80,148 +105,229 @@ __device__ inline bool is_sound(const PagedKvCache& c, int batch, const AppendSt
   return __syncthreads_and(!fault) != 0;
 }
 
-// Called by one thread of every CTA of a sequence once the CTA has read the sequence's state: the
-// last one may overwrite it, whatever the others are still doing, and leaves the counter zero.
-__device__ inline void settle(const PagedKvCache& c, int batch, const AppendStep& step, bool sound,
-                              int* counters) {
-  __threadfence();
+// Called by one thread of every CTA of a sequence once the CTA has the sequence's state: the last
+// one may overwrite it, whatever the others are still doing, and leaves the counter zero. It takes
+// no fence: what a CTA has read has arrived before it counts, and nothing that one writes is read
+// by another.
+__device__ inline bool is_last(int batch, int* counters) {
   const unsigned last = gridDim.x - 1;
-  if (atomicInc(reinterpret_cast<unsigned*>(counters) + batch, last) != last || !sound) return;
-  __threadfence();
-  c.lengths[batch] = step.growth.length;
-  c.packed[batch] = step.growth.packed;
+  return atomicInc(reinterpret_cast<unsigned*>(counters) + batch, last) == last;
 }
 
-// The tokens of one head's K or V by position: old ones in the ring, new ones in the input.
+// ---- tokens that stay in fp16 ----
+
+// New tokens of a head, K and V side by side, shared out to the threads in 16-byte pieces: each has
+// a column of one of them, and every kRowStep-th row.
 template <int HeadDim>
-struct HeadTokens {
-  const PagedKvCache& cache;
-  const TokenRows& rows;
-  int old_length;
-  const std::uint16_t* input;  // channel 0 of position `old_length`
-  std::uint16_t* side;         // (F + T, D) fp16
+class KeptTokens {
+ public:
+  __device__ KeptTokens(const AppendProblem& p, const AppendTask& task)
+      : rows_(tensor() == 0 ? p.k : p.v), task_(task) {}
 
-  __device__ HeadTokens(const AppendProblem& p, const AppendTask& task, const AppendStep& step)
-      : cache(p.cache),
-        rows(task.tensor == 0 ? p.k : p.v),
-        old_length(step.growth.old_length),
-        input(static_cast<const std::uint16_t*>(rows.data) +
-              rows.offset(task.batch, step.begin, task.head)),
-        side(p.cache.side + p.cache.side_offset(step.slot, task.head, task.tensor)) {}
+  // Reads the thread's first piece where rows are whole: it needn't wait for the sequence's state.
+  __device__ void begin(const TokenRuns& runs) {
+    has_piece_ = task_.new_page < 0 && runs.leftpad == nullptr && runs.num_tokens == nullptr &&
+                 first_token() < runs.row_tokens;
+    if (has_piece_) piece_ = load(row(0), first_token());
+  }
 
-  __device__ std::uint16_t* side_row(int row) const {
-    return side + static_cast<std::int64_t>(row) * HeadDim;
+  __device__ void keep(const PagedKvCache& c, const AppendStep& step) const {
+    const Growth& g = step.growth;
+    // Of the new tokens: [0, first_end) go to the first rows, [tail_begin, count) to the ring.
+    const int first_end = g.first_end(c.keep_first) - g.old_length;
+    const int tail_begin = g.tail_begin() - g.old_length, count = g.length - g.old_length;
+    std::uint16_t* side = c.side + c.side_offset(step.slot, task_.head, tensor()) + channel();
+    const auto side_row = [&](int row) {
+      return reinterpret_cast<uint4*>(side + static_cast<std::int64_t>(row) * HeadDim);
+    };
+    const auto first_row = [&](int i) { return side_row(c.first_row(g.old_length + i)); };
+    const auto tail_row = [&](int i) { return side_row(c.tail_row(g.old_length + i)); };
+    int begin = 0;
+    if (has_piece_) {
+      const int i = first_token();
+      const uint4 eight = arrive(piece_, rows_.type);
+      if (i < first_end) *first_row(i) = eight;
+      if (i >= tail_begin && i < count) *tail_row(i) = eight;
+      begin = kRowStep;
+    }
+    const std::uint16_t* input = row(step.begin);
+    move(begin, first_end, input, first_row);
+    move(max(begin, tail_begin), count, input, tail_row);
   }
-  // Eight channels as they lie in memory.
-  __device__ uint4 load(int position, int channel) const {
-    const std::uint16_t* row = position < old_length
-                                   ? side_row(cache.tail_row(position))
-                                   : input + (position - old_length) * rows.token_stride;
-    return __ldcs(reinterpret_cast<const uint4*>(row + channel));  // read once: don't keep in L2
+
+ private:
+  static constexpr int kPieces = HeadDim / 8;  // of 16 bytes in a row
+  static constexpr int kRowStep = kPackThreads / (2 * kPieces);
+
+  __device__ static int channel() { return threadIdx.x % kPieces * 8; }
+  __device__ static int tensor() { return threadIdx.x / kPieces % 2; }
+  __device__ static int first_token() { return threadIdx.x / (2 * kPieces); }
+
+  __device__ const std::uint16_t* row(int token) const {
+    return static_cast<const std::uint16_t*>(rows_.data) +
+           rows_.offset(task_.batch, token, task_.head);
   }
-  // These as fp16.
-  __device__ uint4 arrived(int position, uint4 eight) const {
-    if (position < old_length) return eight;
-    return rows.type == ElementType::f16 ? arrive(eight, Fp16FromFp16{})
-                                         : arrive(eight, Fp16FromBf16{});
+  __device__ uint4 load(const std::uint16_t* input, int i) const {
+    // Read once: not to stay in L2.
+    return __ldcs(reinterpret_cast<const uint4*>(input + i * rows_.token_stride + channel()));
   }
+
+  // New tokens [begin, end) to their rows: all loads of a batch are in flight before its stores.
+  template <class RowOf>
+  __device__ void move(int begin, int end, const std::uint16_t* input, const RowOf& row_of) const {
+    constexpr int kBatch = 4;
+#pragma unroll 1
+    for (int first = begin + first_token(); first < end; first += kBatch * kRowStep) {
+      uint4 pieces[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i * kRowStep < end) pieces[i] = load(input, first + i * kRowStep);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int token = first + i * kRowStep;
+        if (token < end) *row_of(token) = arrive(pieces[i], rows_.type);
+      }
+    }
+  }
+
+  TokenRows rows_;
+  AppendTask task_;
+  bool has_piece_ = false;
+  uint4 piece_{};
 };
 
-// Moves rows [0, rows) of D channels, eight channels at a time: all load(row, channel) of a batch
-// are in flight before the first store(row, channel, eight).
-template <int HeadDim, class Load, class Store>
-__device__ void move_rows(int rows, const Load& load, const Store& store) {
-  constexpr int kPieces = HeadDim / 8;  // of 16 bytes in a row
-  constexpr int kRowStep = kPackThreads / kPieces;
-  constexpr int kBatch = 4;
-  const int channel = threadIdx.x % kPieces * 8;
-#pragma unroll 1
-  for (int first = threadIdx.x / kPieces; first < rows; first += kBatch * kRowStep) {
-    uint4 pieces[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first + i * kRowStep < rows) pieces[i] = load(first + i * kRowStep, channel);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first + i * kRowStep < rows) store(first + i * kRowStep, channel, pieces[i]);
+// ---- pages ----
+
+// A CTA's half records: those of `first_tensor` up to `end_tensor` of every page in turn, one tile
+// of shared memory for all.
+template <layout::PageConfig Config>
+class PageFiller {
+ public:
+  __device__ PageFiller(const AppendProblem& p, const layout::PageRecord& record,
+                        const AppendTask& task, const AppendStep& step,
+                        PackStorage<Config.head_dim>& storage)
+      : p_(p), record_(record), task_(task), step_(step), storage_(storage) {}
+
+  // Begins to read the first tile: into shared memory alone, whatever its page may be.
+  __device__ void begin() const { begin(first_column(), task_.first_tensor); }
+  __device__ void abandon() const { cute::cp_async_wait<0>(); }
+
+  // After begin().
+  __device__ void fill() const {
+    int column = first_column(), tensor = task_.first_tensor;
+    while (column < end_column()) {
+      fill_half(column, tensor);
+      __syncthreads();  // the tile is free, and rows of the ring have been read
+      if (++tensor == task_.end_tensor) {
+        tensor = task_.first_tensor;
+        ++column;
+      }
+      begin(column, tensor);
     }
   }
-}
 
-template <layout::PageConfig Config, class Storage>
-__device__ void fill_page(const AppendProblem& p, const AppendTask& task, const AppendStep& step,
-                          const layout::PageRecord& record, int column, Storage& storage) {
-  const PagedKvCache& c = p.cache;
-  const HeadTokens<Config.head_dim> tokens(p, task, step);
-  const std::int64_t id = page_ids(c, task.batch)[column];
-  std::uint8_t* bytes = c.pool + (id * c.num_kv_heads + task.head) * record.page_bytes();
-  const layout::PackedKvPage<Config> page(record, bytes);
-  const int position = column * c.format.page_tokens;
-  const auto load = [&](const auto& sX) {  // (N,D)
-    move_rows<Config.head_dim>(
-        c.format.page_tokens,
-        [&](int row, int channel) { return tokens.load(position + row, channel); },
-        [&](int row, int channel, uint4 eight) {
-          reinterpret_cast<uint4&>(sX(row, channel)) = tokens.arrived(position + row, eight);
-        });
-  };
-  if (task.tensor == 0) {
-    pack_k<Config>(load, c.keep_first - position, page, storage);
-  } else {
-    pack_v<Config>(load, page, storage);
-    zero_padding(page, bytes);
+ private:
+  using Tokens = HeadTokens<Config.head_dim, kPackThreads>;
+
+  __device__ int tokens_of_page() const { return p_.cache.format.page_tokens; }
+  // A CTA of a page of new tokens alone has this one.
+  __device__ int first_column() const {
+    const Growth& g = step_.growth;
+    return task_.new_page < 0 ? g.first_column() : g.new_column() + task_.new_page;
   }
-}
+  __device__ int end_column() const {
+    const Growth& g = step_.growth;
+    return task_.new_page < 0 ? g.new_column() : min(first_column() + 1, g.end_column());
+  }
 
-// The new tokens that stay in fp16.
-template <int HeadDim>
-__device__ void keep_tokens(const AppendProblem& p, const AppendTask& task,
-                            const AppendStep& step) {
+  __device__ Tokens tokens(int tensor) const {
+    const TokenRows& rows = tensor == 0 ? p_.k : p_.v;
+    return Tokens(p_.cache, step_.growth.old_length, rows,
+                  static_cast<const std::uint16_t*>(rows.data) +
+                      rows.offset(task_.batch, step_.begin, task_.head),
+                  p_.cache.side + p_.cache.side_offset(step_.slot, task_.head, tensor));
+  }
+
+  __device__ void begin(int column, int tensor) const {
+    if (column >= end_column()) return;
+    const auto sX = make_tile<Config.head_dim>(storage_.tile.data());  // (N,D)
+    tokens(tensor).begin_tile(column * tokens_of_page(), tokens_of_page(), sX);
+  }
+
+  __device__ void fill_half(int column, int tensor) const {
+    const PagedKvCache& c = p_.cache;
+    const int position = column * tokens_of_page();
+    const std::int64_t id = page_ids(c, task_.batch)[column];
+    std::uint8_t* bytes = c.pool + (id * c.num_kv_heads + task_.head) * record_.page_bytes();
+    const layout::PackedKvPage<Config> page(record_, bytes);
+    const auto load = [&](const auto& sX) {  // (N,D)
+      tokens(tensor).end_tile(position, tokens_of_page(), sX);
+      // What comes next is brought nearer while this one is packed, not before it has come.
+      if (tensor + 1 < task_.end_tensor) tokens(tensor + 1).prefetch(position, tokens_of_page());
+    };
+    if (tensor == 0) {
+      pack_k<Config>(load, c.keep_first - position, page, storage_);
+    } else {
+      pack_v<Config>(load, page, storage_);
+      zero_padding(page, bytes);
+    }
+  }
+
+  const AppendProblem& p_;
+  const layout::PageRecord& record_;
+  const AppendTask& task_;
+  const AppendStep& step_;
+  PackStorage<Config.head_dim>& storage_;
+};
+
+// What a CTA does, `storage` in shared memory.
+template <layout::PageConfig Config>
+__device__ void append_by_cta(const AppendProblem& p, const layout::PageRecord& record,
+                              AppendStorage<Config.head_dim>& storage, int* counters,
+                              int* error_word) {
   const PagedKvCache& c = p.cache;
-  const Growth& g = step.growth;
-  const HeadTokens<HeadDim> tokens(p, task, step);
-  const auto keep = [&](int begin, int end, const auto& row_of) {  // positions
-    move_rows<HeadDim>(
-        end - begin, [&](int row, int channel) { return tokens.load(begin + row, channel); },
-        [&](int row, int channel, uint4 eight) {
-          *reinterpret_cast<uint4*>(tokens.side_row(row_of(begin + row)) + channel) =
-              tokens.arrived(begin + row, eight);
-        });
-  };
-  keep(g.old_length, g.first_end(c.keep_first),
-       [&](int position) { return c.first_row(position); });
-  keep(g.tail_begin(), g.length, [&](int position) { return c.tail_row(position); });
+  const AppendTask found = find_append_task(c.num_kv_heads);
+  AppendInput input;
+  if (threadIdx.x == 0) input = read_input(p, found.batch);
+  KeptTokens<Config.head_dim> kept(p, found);
+  kept.begin(p.runs);
+  if (threadIdx.x == 0) {
+    storage.task = found;
+    storage.step = find_step(p, input);
+  }
+  __syncthreads();
+  const AppendTask& task = storage.task;
+  const AppendStep& step = storage.step;
+  // Of a warp that has the fewest rows to move.
+  const bool settles = threadIdx.x == kPackThreads - 1 && is_last(task.batch, counters);
+
+  const bool fills_pages = step.growth.fills_pages();  // not where there is a fault
+  const PageFiller<Config> pages(p, record, task, step, storage.pack);
+  if (fills_pages) pages.begin();
+  const bool sound = is_sound(c, task.batch, step, error_word);
+  if (!sound) return pages.abandon();
+
+  if (settles) {
+    c.lengths[task.batch] = step.growth.length;
+    c.packed[task.batch] = step.growth.packed;
+  }
+  if (fills_pages) {
+    pages.fill();
+    kept = KeptTokens<Config.head_dim>(p, task);  // anew: no registers in between
+  }
+  if (task.new_page < 0) kept.keep(c, step);
 }
 
 // `Row` is a row of the kernel table: a struct whose static `config` is the PageConfig.
 template <class Row>
-__global__ void __launch_bounds__(kPackThreads)
+__global__ void __launch_bounds__(kPackThreads, 4)
     append_tokens(const __grid_constant__ AppendProblem p,
                   const __grid_constant__ layout::PageRecord record, int* counters,
                   int* error_word) {
-  constexpr layout::PageConfig config = Row::config;
   extern __shared__ __align__(128) unsigned char smem[];
-  auto& storage = *reinterpret_cast<AppendStorage<config.head_dim>*>(smem);
-  const PagedKvCache& c = p.cache;
-
-  const AppendTask task = find_append_task(c.num_kv_heads);
-  if (threadIdx.x == 0) storage.step = find_step(p, task.batch);
-  __syncthreads();
-  const AppendStep& step = storage.step;
-  const bool sound = is_sound(c, task.batch, step, error_word);
-  // A warp that has the fewest rows to move.
-  if (threadIdx.x == kPackThreads - 1) settle(c, task.batch, step, sound, counters);
-  if (!sound) return;
-
-  const Growth& g = step.growth;
-  const int first_column = task.part == 0 ? g.first_column() : g.new_column() + task.part - 1;
-  const int end_column = task.part == 0 ? g.new_column() : min(first_column + 1, g.end_column());
-  for (int column = first_column; column < end_column; ++column) {
-    fill_page<config>(p, task, step, record, column, storage.pack);
-    __syncthreads();  // the tile is free, and rows of the ring have been read
-  }
-  if (task.part == 0) keep_tokens<config.head_dim>(p, task, step);
+  auto& storage = *reinterpret_cast<AppendStorage<Row::config.head_dim>*>(smem);
+  append_by_cta<Row::config>(p, record, storage, counters, error_word);
 }
 
 }  // namespace bitdecoding::quantize

@@ -20,8 +20,8 @@ cudaError_t launch_append(const AppendProblem& problem, int* counters, cudaStrea
                           int* error_word) {
   const PagedKvCache& c = problem.cache;
   if (c.batch == 0) return cudaSuccess;
-  const int parts = 1 + most_new_pages(c, problem.runs.row_tokens);
-  const std::int64_t ctas = std::int64_t{parts} * 2 * c.num_kv_heads;  // of a sequence
+  const int new_pages = most_new_pages(c, problem.runs.row_tokens);
+  const std::int64_t ctas = (1 + 2 * std::int64_t{new_pages}) * c.num_kv_heads;  // of a sequence
   if (ctas > INT_MAX) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(ctas), static_cast<unsigned>(c.batch));
   constexpr int kSmem_bytes = sizeof(AppendStorage<Row::config.head_dim>);

@@ -19,12 +19,14 @@ struct Growth {
   int old_packed = 0;
   int packed = 0;
 
+  constexpr bool fills_pages() const { return old_packed < packed; }
   // Columns of the block table: pages [first_column, end_column) are filled, of which those from
   // new_column on hold new tokens alone.
-  constexpr int first_column() const { return old_packed / page_tokens; }
-  constexpr int end_column() const { return packed / page_tokens; }
+  constexpr int first_column() const { return pages(old_packed); }
+  constexpr int end_column() const { return pages(packed); }
   constexpr int new_column() const {
-    const int behind_ring = old_length / page_tokens + (old_length % page_tokens != 0 ? 1 : 0);
+    const int partly = (old_length & (page_tokens - 1)) != 0 ? 1 : 0;
+    const int behind_ring = pages(old_length) + partly;
     return behind_ring < end_column() ? behind_ring : end_column();
   }
 
@@ -33,6 +35,10 @@ struct Growth {
     return keep_first < length ? keep_first : length;
   }
   constexpr int tail_begin() const { return packed > old_length ? packed : old_length; }
+
+ private:
+  // Page sizes are powers of two: kernels needn't divide.
+  constexpr int pages(int tokens) const { return tokens >> (page_tokens == 64 ? 6 : 7); }
 };
 
 // `count` more tokens; their sum must be an int.
