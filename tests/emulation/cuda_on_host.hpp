@@ -29,14 +29,21 @@ namespace bitdecoding {
 
 // ---- where a thread is ----
 template <int (emulation::Machine::*Read)() const>
+struct Coordinate {
+  operator unsigned() const { return static_cast<unsigned>((emulation::machine()->*Read)()); }
+};
+template <int (emulation::Machine::*X)() const>
 struct Coordinates {
-  struct {
-    operator unsigned() const { return static_cast<unsigned>((emulation::machine()->*Read)()); }
-  } x;
+  Coordinate<X> x;
+};
+template <int (emulation::Machine::*X)() const, int (emulation::Machine::*Y)() const>
+struct GridCoordinates {
+  Coordinate<X> x;
+  Coordinate<Y> y;
 };
 inline constexpr Coordinates<&emulation::Machine::thread> threadIdx;
 inline constexpr Coordinates<&emulation::Machine::threads> blockDim;
-inline constexpr Coordinates<&emulation::Machine::cta> blockIdx;
+inline constexpr GridCoordinates<&emulation::Machine::column, &emulation::Machine::row> blockIdx;
 inline constexpr Coordinates<&emulation::Machine::ctas> gridDim;
 
 // ---- barriers, shuffles, votes: always of whole warps ----
@@ -104,6 +111,16 @@ inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
                         fused(__high2half(a), __high2half(b), __high2half(c)));
 }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline float __saturatef(float a) { return a > 0.f ? std::min(a, 1.f) : 0.f; }
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
 constexpr unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 constexpr int __float_as_int(float value) { return std::bit_cast<int>(value); }
 constexpr float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
@@ -209,4 +226,9 @@ inline void fence_view_async_shared() {}
 }  // namespace cutlass::arch
 
 }  // namespace decode
+
+namespace quantize {
+namespace cute = decode::cute;
+}  // namespace quantize
+
 }  // namespace bitdecoding

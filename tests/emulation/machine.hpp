@@ -28,6 +28,7 @@ struct Grid {
   int ctas = 1;
   int threads = kLanes;  // of a CTA
   int shared_bytes = 0;  // of a CTA
+  int column = 0, row = 0;  // of the first CTA, where the grid is a part of a larger one
 };
 
 inline void require(bool holds, const char* rule) {
@@ -77,6 +78,8 @@ class Machine {
   int ctas() const { return grid_.ctas; }
   int threads() const { return grid_.threads; }  // of a CTA
   int cta() const { return fibers_.current() / grid_.threads; }
+  int column() const { return grid_.column + cta(); }
+  int row() const { return grid_.row; }
   int thread() const { return fibers_.current() % grid_.threads; }
   int lane() const { return thread() % kLanes; }
 

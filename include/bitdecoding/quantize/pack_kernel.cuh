@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Prefill pack on the device: one CTA turns the K or the V of one (page, head) into its record.
-//   global --16-byte loads--> fp16 tile --ranges--> parameters, coders --ldmatrix--> units --> page
+//   global --cp.async--> fp16 tile --ranges--> parameters, coders --ldmatrix--> units --> page
 // Bytes equal the CPU backend's. A row with an impossible run writes nothing, a page id outside the
 // pool is skipped; both are reported through the error word.
 #pragma once
@@ -22,7 +22,7 @@ inline constexpr int kPackThreads = 256;
 template <int HeadDim>
 struct alignas(128) PackStorage {
   cute::array_aligned<cutlass::half_t, cute::cosize_v<TileLayout<HeadDim>>, 16> tile;  // (N,D)
-  CoderTable coders;
+  GroupTable groups;
 };
 
 // What one CTA packs.
@@ -50,9 +50,9 @@ __device__ inline PackTask find_task(const PackProblem& p, int* error_word) {
     report(error_word, task.batch, fault);
     return task;
   }
-  if (task.page >= count / p.format.page_tokens) return task;
+  const int pages = count >> log2_of(p.format.page_tokens);
+  if (task.page >= pages) return task;
   const int first_page = p.first_page == nullptr ? 0 : p.first_page[task.batch];
-  const int pages = count / p.format.page_tokens;
   if (first_page < 0 || first_page > p.max_pages - pages) {
     report(error_word, task.batch, first_page, p.max_pages, DeviceError::first_page);
     return task;
@@ -86,24 +86,30 @@ __device__ void pack_k(const Load& load, int first_token, const Page& page, Stor
   }
   const auto gScale = page.k_scales();  // (N,D)
   const auto gZero = page.k_zeros();    // (N,D)
-  const auto visit = [&](int channel, int token, const format::GroupRange& range) {
-    const auto parameters = format::group_parameters(range, Config.k_bits);
+  const auto store = [&](int token, int channel, const format::GroupParameters& parameters) {
     gScale(token, channel) = cutlass::half_t::bitcast(parameters.scale);
     gZero(token, channel) = cutlass::half_t::bitcast(parameters.zero);
-    const format::GroupCoder coder(parameters);
-    if constexpr (Config.k_axis == KAxis::channel) {
-      s.coders.coder[token >> log2_of(format.k_group)][channel] = coder;
-    } else {
-      s.coders.coder[channel >> log2_of(format.k_group)][token] = coder;
-    }
   };
+  const int group_log2 = log2_of(format.k_group);
   if constexpr (Config.k_axis == KAxis::channel) {
-    visit_channel_groups<kPackThreads>(sK, tokens, format.k_group, first_token, visit);
+    find_channel_ranges<kPackThreads>(sK, tokens, first_token, s.groups);
+    __syncthreads();
+    visit_groups<kPackThreads, Config.k_bits>(
+        s.groups, tokens >> group_log2, Config.head_dim, format.k_group / kRunValues,
+        [&](int group, int channel, const auto& parameters) {
+          store(group << group_log2, channel, parameters);
+        });
   } else {
-    visit_token_groups<kPackThreads>(sK, tokens, format.k_group, visit);
+    find_token_ranges<kPackThreads>(sK, tokens, format.k_group, s.groups);
+    __syncthreads();
+    visit_groups<kPackThreads, Config.k_bits>(
+        s.groups, Config.head_dim >> group_log2, tokens, 1,
+        [&](int group, int token, const auto& parameters) {
+          store(token, group << group_log2, parameters);
+        });
   }
   __syncthreads();
-  pack_k_units<Config, kPackThreads>(page, sK, s.coders);
+  pack_k_units<Config, kPackThreads>(page, sK, s.groups);
 }
 
 // The V half of a page from load(sV).
@@ -114,17 +120,20 @@ __device__ void pack_v(const Load& load, const Page& page, Storage& s) {
   const auto sV = make_tile<Config.head_dim>(s.tile.data());  // (N,D)
   load(sV);
   __syncthreads();
+  find_token_ranges<kPackThreads>(sV, tokens, format.v_group, s.groups);
+  __syncthreads();
   const auto gScale = page.v_scales();  // (N,D)
   const auto gZero = page.v_zeros();    // (N,D)
-  visit_token_groups<kPackThreads>(
-      sV, tokens, format.v_group, [&](int channel, int token, const format::GroupRange& range) {
-        const auto parameters = format::group_parameters(range, Config.v_bits);
+  const int group_log2 = log2_of(format.v_group);
+  visit_groups<kPackThreads, Config.v_bits>(
+      s.groups, Config.head_dim >> group_log2, tokens, 1,
+      [&](int group, int token, const format::GroupParameters& parameters) {
+        const int channel = group << group_log2;
         gScale(token, channel) = cutlass::half_t::bitcast(parameters.scale);
         gZero(token, channel) = cutlass::half_t::bitcast(parameters.zero);
-        s.coders.coder[channel >> log2_of(format.v_group)][token] = format::GroupCoder(parameters);
       });
   __syncthreads();
-  pack_v_units<Config, kPackThreads>(page, sV, s.coders);
+  pack_v_units<Config, kPackThreads>(page, sV, s.groups);
 }
 
 // Bytes behind the last chunk, up to the record's alignment, are zero.
@@ -134,15 +143,12 @@ __device__ void zero_padding(const Page& page, std::uint8_t* bytes) {
   for (int i = used + threadIdx.x; i < page.record().page_bytes(); i += kPackThreads) bytes[i] = 0;
 }
 
-// `Row` is a row of the kernel table: a struct whose static `config` is the PageConfig.
+// What a CTA does. `Row` is a row of the kernel table: a struct whose static `config` is the
+// PageConfig.
 template <class Row>
-__global__ void __launch_bounds__(kPackThreads)
-    pack_pages(const __grid_constant__ PackProblem p,
-               const __grid_constant__ layout::PageRecord record, int* error_word) {
+__device__ void pack_page(const PackProblem& p, const layout::PageRecord& record, int* error_word,
+                          PackStorage<Row::config.head_dim>& storage) {
   constexpr layout::PageConfig config = Row::config;
-  extern __shared__ __align__(128) unsigned char smem[];
-  auto& storage = *reinterpret_cast<PackStorage<config.head_dim>*>(smem);
-
   const PackTask task = find_task(p, error_word);
   if (task.page_id < 0) return;
   std::uint8_t* bytes =
@@ -159,6 +165,15 @@ __global__ void __launch_bounds__(kPackThreads)
     pack_v<config>(load, page, storage);
     zero_padding(page, bytes);
   }
+}
+
+template <class Row>
+__global__ void __launch_bounds__(kPackThreads)
+    pack_pages(const __grid_constant__ PackProblem p,
+               const __grid_constant__ layout::PageRecord record, int* error_word) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  pack_page<Row>(p, record, error_word,
+                 *reinterpret_cast<PackStorage<Row::config.head_dim>*>(smem));
 }
 
 }  // namespace bitdecoding::quantize
