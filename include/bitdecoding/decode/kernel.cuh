@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decode attention, one launch: every warp streams its share of the batch's bytes, the CTA merges
+// Decode attention, one launch: every warp streams its share of the batch's items, the CTA merges
 // its warps' partials, and the last CTA to finish a segment merges the segment.
 //   workspace   Partial [CTAs][warps]: ends of segments inside a CTA | Partial [CTAs][2]: first and
 //               last segment of a CTA          counters [CTAs][columns], 0 between launches
@@ -86,7 +86,8 @@ class DecodeCta {
   }
   __device__ static int warp_id() { return arch::thread_id() / 32; }
 
-  // Chunks are items, or pages where every warp gets many: then a 16-bit tile takes as long as a page.
+  // Chunks are items, or pages where every warp gets many: then a 16-bit tile takes as long as a
+  // page.
   __device__ BatchItems choose_items() {
     constexpr int kFewItems = 16;  // chunks of a warp
     const PagedKvCache& cache = a_.problem.cache;
@@ -225,7 +226,7 @@ class DecodeCta {
     to.sum[column] = merged.sum;
   }
 
-  // Entries 2 * warp + which of the CTA's partials, in unit order: entry i is lane i's.
+  // Entries 2 * warp + which of the CTA's partials, in the items' order: entry i is lane i's.
   struct WarpPartials {
     const Partial<S>* mine = nullptr;
     unsigned held = 0;    // entries that there are
