@@ -26,8 +26,8 @@ enum class Landing { at_once, at_any_time, when_awaited };
 
 struct Grid {
   int ctas = 1;
-  int threads = kLanes;  // of a CTA
-  int shared_bytes = 0;  // of a CTA
+  int threads = kLanes;     // of a CTA
+  int shared_bytes = 0;     // of a CTA
   int column = 0, row = 0;  // of the first CTA, where the grid is a part of a larger one
 };
 

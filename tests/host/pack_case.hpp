@@ -26,7 +26,8 @@ inline constexpr std::uint8_t kPoison = 0xa5;
 enum class Family { normal, outlier_channels, constant, large, non_finite, tiny, last = tiny };
 
 // 16-bit patterns of (B, S, H, D).
-inline std::vector<std::uint16_t> draw(Family family, ElementType type, int head_dim, std::mt19937& rng) {
+inline std::vector<std::uint16_t> draw(Family family, ElementType type, int head_dim,
+                                       std::mt19937& rng) {
   std::normal_distribution<float> normal;
   std::uniform_int_distribution<int> one_in(0, 99);
   std::vector<std::uint16_t> values(std::size_t(kRows) * kRowTokens * kHeads * head_dim);

@@ -94,19 +94,18 @@ __device__ void pack_k(const Load& load, int first_token, const Page& page, Stor
   if constexpr (Config.k_axis == KAxis::channel) {
     find_channel_ranges<kPackThreads>(sK, tokens, first_token, s.groups);
     __syncthreads();
-    visit_groups<kPackThreads, Config.k_bits>(
-        s.groups, tokens >> group_log2, Config.head_dim, format.k_group / kRunValues,
-        [&](int group, int channel, const auto& parameters) {
-          store(group << group_log2, channel, parameters);
-        });
+    visit_groups<kPackThreads, Config.k_bits>(s.groups, tokens >> group_log2, Config.head_dim,
+                                              format.k_group / kRunValues,
+                                              [&](int group, int channel, const auto& parameters) {
+                                                store(group << group_log2, channel, parameters);
+                                              });
   } else {
     find_token_ranges<kPackThreads>(sK, tokens, format.k_group, s.groups);
     __syncthreads();
-    visit_groups<kPackThreads, Config.k_bits>(
-        s.groups, Config.head_dim >> group_log2, tokens, 1,
-        [&](int group, int token, const auto& parameters) {
-          store(token, group << group_log2, parameters);
-        });
+    visit_groups<kPackThreads, Config.k_bits>(s.groups, Config.head_dim >> group_log2, tokens, 1,
+                                              [&](int group, int token, const auto& parameters) {
+                                                store(token, group << group_log2, parameters);
+                                              });
   }
   __syncthreads();
   pack_k_units<Config, kPackThreads>(page, sK, s.groups);

@@ -158,8 +158,8 @@ __device__ void divide_by_norms(const Tile& sX, int tokens, const Store& store) 
     uint4 pieces[kPieces];
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      pieces[i] = reinterpret_cast<const uint4&>(
-          sX(quarter.token, quarter.channel + i * kRunValues));
+      pieces[i] =
+          reinterpret_cast<const uint4&>(sX(quarter.token, quarter.channel + i * kRunValues));
     }
     const cutlass::half_t norm = token_norm(pieces);
     if (quarter.channel == 0) store(quarter.token, norm);
