@@ -51,10 +51,30 @@ struct PairRange {
   __device__ __half2 of_both() const { return __hmin2_nan(of_low(), of_high()); }
 };
 
-// Infinities saturate; an empty range stays empty.
-__device__ inline format::GroupRange group_range(__half2 low_and_negated_high) {
+// A group as the page and as the table hold it.
+struct GroupResult {
+  format::GroupParameters parameters;
+  Coder coder;
+};
+
+// format::group_parameters and GroupCoder by the hardware's conversions: a range's ends are fp16
+// values, infinities saturate, an empty range stays empty, and no step overflows.
+template <int Bits>
+__device__ GroupResult group_result(__half2 low_and_negated_high) {
+  constexpr float kTop = static_cast<float>(format::max_code(Bits));
+  constexpr float kUnit = 1.f / (1 << Bits);
   const float2 range = __half22float2(saturate(low_and_negated_high));
-  return {range.x, -range.y, range.x != range.x || range.y != range.y};
+  if (range.x != range.x || range.y != range.y) {
+    return {{format::kFp16NaN, format::kFp16NaN}, {0.f, 0.f}};
+  }
+  if (range.x > -range.y) return {{}, {0.f, 0.f}};
+  const float zero = __fadd_rn(range.x, 0.f);  // no -0
+  const float step = __fdiv_rn(__fsub_rn(-range.y, zero), kTop);
+  const __half scale = __float2half_rn(step > 0.f ? step : 0.f);
+  const float length = __half2float(scale);
+  const float inverse = length > 0.f ? __fdiv_rn(1.f, length) : 0.f;
+  return {{__half_as_ushort(scale), __half_as_ushort(__float2half_rn(zero))},
+          {zero, __fmul_rn(inverse, kUnit)}};
 }
 
 // Ranges along tokens, one per run: range[token / 32][channel]; tokens before `first_token` count
@@ -89,22 +109,21 @@ template <int Threads, class Tile>
 __device__ void find_token_ranges(const Tile& sX, int tokens, int group_channels,
                                   GroupTable& table) {
   constexpr int kRuns = cute::size<1>(Tile{}.layout()) / kRunValues;
-  const int runs_per_group = group_channels / kRunValues;
+  const int group_log2 = log2_of(group_channels / kRunValues);  // in runs
   visit_quarters<Threads>(tokens, [&](const Quarter& quarter) {
     PairRange range;
-    int group = 0;
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
       range.include(
           reinterpret_cast<const uint4&>(sX(quarter.token, quarter.channel + run * kRunValues)));
-      if ((run + 1) % runs_per_group != 0) continue;
+      const int group = run >> group_log2;
+      if ((run + 1) >> group_log2 == group) continue;  // it goes on
       __half2 all = range.of_both();
       for (int distance = kQuarterTokens; distance < 32; distance *= 2) {
         all = __hmin2_nan(all, __shfl_xor_sync(0xffffffffu, all, distance));
       }
       if (quarter.channel == 0) table.range[group][quarter.token] = all;
       range = {};
-      ++group;
     }
   });
 }
@@ -114,7 +133,6 @@ __device__ void find_token_ranges(const Tile& sX, int tokens, int group_channels
 template <int Threads, int Bits, class Visit>
 __device__ void visit_groups(GroupTable& table, int groups, int columns, int rows,
                              const Visit& visit) {
-  constexpr float kUnit = 1.f / (1 << Bits);
   const int columns_log2 = log2_of(columns);
 #pragma unroll 1
   for (int item = threadIdx.x; item < groups * columns; item += Threads) {
@@ -123,10 +141,9 @@ __device__ void visit_groups(GroupTable& table, int groups, int columns, int row
     for (int row = 1; row < rows; ++row) {
       range = __hmin2_nan(range, table.range[group * rows + row][column]);
     }
-    const auto parameters = format::group_parameters(group_range(range), Bits);
-    visit(group, column, parameters);
-    const format::GroupCoder coder(parameters);
-    table.coder[group][column] = {coder.zero, coder.inverse_scale * kUnit};
+    const GroupResult result = group_result<Bits>(range);
+    visit(group, column, result.parameters);
+    table.coder[group][column] = result.coder;
   }
 }
 

@@ -86,7 +86,8 @@ __device__ void pack_k(const Load& load, int first_token, const Page& page, Stor
   }
   const auto gScale = page.k_scales();  // (N,D)
   const auto gZero = page.k_zeros();    // (N,D)
-  const auto store = [&](int token, int channel, const format::GroupParameters& parameters) {
+  const auto store = [&](const auto& token, const auto& channel,
+                         const format::GroupParameters& parameters) {
     gScale(token, channel) = cutlass::half_t::bitcast(parameters.scale);
     gZero(token, channel) = cutlass::half_t::bitcast(parameters.zero);
   };
@@ -94,17 +95,20 @@ __device__ void pack_k(const Load& load, int first_token, const Page& page, Stor
   if constexpr (Config.k_axis == KAxis::channel) {
     find_channel_ranges<kPackThreads>(sK, tokens, first_token, s.groups);
     __syncthreads();
-    visit_groups<kPackThreads, Config.k_bits>(s.groups, tokens >> group_log2, Config.head_dim,
-                                              format.k_group / kRunValues,
-                                              [&](int group, int channel, const auto& parameters) {
-                                                store(group << group_log2, channel, parameters);
-                                              });
+    const int in_chunk_log2 = max(log2_of(kChunkTokens) - group_log2, 0);  // groups of a chunk
+    visit_groups<kPackThreads, Config.k_bits>(
+        s.groups, tokens >> group_log2, Config.head_dim, format.k_group / kRunValues,
+        [&](int group, int channel, const auto& parameters) {
+          const int in_chunk = group & ((1 << in_chunk_log2) - 1);
+          store(cute::make_coord(0, in_chunk, group >> in_chunk_log2), channel, parameters);
+        });
   } else {
     find_token_ranges<kPackThreads>(sK, tokens, format.k_group, s.groups);
     __syncthreads();
     visit_groups<kPackThreads, Config.k_bits>(s.groups, Config.head_dim >> group_log2, tokens, 1,
                                               [&](int group, int token, const auto& parameters) {
-                                                store(token, group << group_log2, parameters);
+                                                store(token, cute::make_coord(0, group),
+                                                      parameters);
                                               });
   }
   __syncthreads();
@@ -123,11 +127,10 @@ __device__ void pack_v(const Load& load, const Page& page, Storage& s) {
   __syncthreads();
   const auto gScale = page.v_scales();  // (N,D)
   const auto gZero = page.v_zeros();    // (N,D)
-  const int group_log2 = log2_of(format.v_group);
   visit_groups<kPackThreads, Config.v_bits>(
-      s.groups, Config.head_dim >> group_log2, tokens, 1,
+      s.groups, Config.head_dim >> log2_of(format.v_group), tokens, 1,
       [&](int group, int token, const format::GroupParameters& parameters) {
-        const int channel = group << group_log2;
+        const auto channel = cute::make_coord(0, group);
         gScale(token, channel) = cutlass::half_t::bitcast(parameters.scale);
         gZero(token, channel) = cutlass::half_t::bitcast(parameters.zero);
       });
