@@ -42,7 +42,7 @@ EmulatedResult emulate(const PackCase& c, std::mt19937& random) {
                                first_page.data(), block_table.data(), pool.data());
   const layout::PageRecord record(p.format);
   // CTAs know nothing of each other: one after the other.
-  const int ctas = p.runs.row_tokens / p.format.page_tokens * 2 * p.num_kv_heads;
+  const int ctas = p.runs.row_tokens / p.format.page_tokens * p.num_kv_heads;
   for (int cta = 0; cta < ctas * p.runs.batch; ++cta) {
     const emulation::Grid grid{1, quantize::kPackThreads,
                                sizeof(quantize::PackStorage<Config.head_dim>), cta % ctas,

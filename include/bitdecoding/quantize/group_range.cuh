@@ -72,7 +72,7 @@ __device__ GroupResult group_result(__half2 low_and_negated_high) {
   const float step = __fdiv_rn(__fsub_rn(-range.y, zero), kTop);
   const __half scale = __float2half_rn(step > 0.f ? step : 0.f);
   const float length = __half2float(scale);
-  const float inverse = length > 0.f ? __fdiv_rn(1.f, length) : 0.f;
+  const float inverse = length > 0.f ? __frcp_rn(length) : 0.f;
   return {{__half_as_ushort(scale), __half_as_ushort(__float2half_rn(zero))},
           {zero, __fmul_rn(inverse, kUnit)}};
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Prefill pack on the device: one CTA turns the K or the V of one (page, head) into its record.
+// Prefill pack on the device: one CTA turns the K, then the V of one (page, head) into its record.
+// While it waits for one of them, the other CTAs of its SM are at work.
 //   global --cp.async--> fp16 tile --ranges--> parameters, coders --ldmatrix--> units --> page
 // Bytes equal the CPU backend's. A row with an impossible run writes nothing, a page id outside the
 // pool is skipped; both are reported through the error word.
@@ -27,23 +28,18 @@ struct alignas(128) PackStorage {
 
 // What one CTA packs.
 struct PackTask {
-  int batch, head, tensor;  // tensor: 0 K, 1 V
-  int page;                 // of this call's pages of the sequence
-  int token;                // its first row in the input
-  int position;             // its first position in the sequence
-  int page_id;              // in the pool; -1: nothing to do
+  int batch, head;
+  int page;          // of this call's pages of the sequence
+  int token = 0;     // its first row in the input
+  int position = 0;  // its first position in the sequence
+  int page_id = -1;  // in the pool; -1: nothing to do
 };
 
-// blockIdx: x = (page, head, tensor), tensor fastest, so that neighbours read the same token rows.
+// blockIdx: x = (page, head), head fastest, so that neighbours read the same token rows.
 __device__ inline PackTask find_task(const PackProblem& p, int* error_word) {
-  const int in_page = blockIdx.x % (2 * p.num_kv_heads);
-  PackTask task{static_cast<int>(blockIdx.y),
-                in_page / 2,
-                in_page % 2,
-                static_cast<int>(blockIdx.x / (2 * p.num_kv_heads)),
-                0,
-                0,
-                -1};
+  const int page = static_cast<int>(blockIdx.x) / p.num_kv_heads;
+  PackTask task{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x) - page * p.num_kv_heads,
+                page};
   const int begin = p.runs.begin(task.batch);
   const int count = p.runs.count(task.batch);
   if (const Fault fault = find_fault(p.runs, begin, count)) {
@@ -157,16 +153,15 @@ __device__ void pack_page(const PackProblem& p, const layout::PageRecord& record
       p.pool +
       (static_cast<std::int64_t>(task.page_id) * p.num_kv_heads + task.head) * record.page_bytes();
   const layout::PackedKvPage<config> page(record, bytes);
-  const TokenRows& rows = task.tensor == 0 ? p.k : p.v;
-  const auto load = [&](const auto& sX) {  // (N,D)
-    load_tile<kPackThreads>(rows, task.batch, task.token, task.head, p.format.page_tokens, sX);
+  const auto load = [&](const TokenRows& rows) {
+    return [&, rows](const auto& sX) {  // (N,D)
+      load_tile<kPackThreads>(rows, task.batch, task.token, task.head, p.format.page_tokens, sX);
+    };
   };
-  if (task.tensor == 0) {
-    pack_k<config>(load, p.keep_first - task.position, page, storage);
-  } else {
-    pack_v<config>(load, page, storage);
-    zero_padding(page, bytes);
-  }
+  pack_k<config>(load(p.k), p.keep_first - task.position, page, storage);
+  __syncthreads();  // the tile is free
+  pack_v<config>(load(p.v), page, storage);
+  zero_padding(page, bytes);
 }
 
 template <class Row>
