@@ -46,9 +46,16 @@ struct PairRange {
     }
   }
   // As the table holds it: of the first, of the second, of both values.
-  __device__ __half2 of_low() const { return __lows2half2(low, __hneg2(high)); }
-  __device__ __half2 of_high() const { return __highs2half2(low, __hneg2(high)); }
+  __device__ __half2 of_low() const { return negate_second(__lows2half2(low, high)); }
+  __device__ __half2 of_high() const { return negate_second(__highs2half2(low, high)); }
   __device__ __half2 of_both() const { return __hmin2_nan(of_low(), of_high()); }
+
+ private:
+  // A flip of the sign: one instruction on the pair as it is.
+  static __device__ __half2 negate_second(__half2 pair) {
+    const unsigned bits = reinterpret_cast<const unsigned&>(pair) ^ 0x80000000u;
+    return reinterpret_cast<const __half2&>(bits);
+  }
 };
 
 // A group as the page and as the table hold it.
@@ -138,6 +145,7 @@ __device__ void visit_groups(GroupTable& table, int groups, int columns, int row
   for (int item = threadIdx.x; item < groups * columns; item += Threads) {
     const int group = item >> columns_log2, column = item & (columns - 1);
     __half2 range = table.range[group * rows][column];
+#pragma unroll 1
     for (int row = 1; row < rows; ++row) {
       range = __hmin2_nan(range, table.range[group * rows + row][column]);
     }
