@@ -62,9 +62,9 @@ constexpr int v_word_bit(int h, int m8, int k8, int tile) {
   return Bits * layout::v_code_layout<Bits, HeadDim>()(8 * k8 + h, 16 * tile + 8 * m8);
 }
 
-// clamp(rint((value - zero) / scale), 0, max_code) + kRounding's bits, ties to even; NaN gives 0. All
-// is 2^-Bits times as large as in GroupCoder::code(), which changes no rounding: the clamp at 0 and
-// at NaN then is the saturation of a product.
+// clamp(rint((value - zero) / scale), 0, max_code) + kRounding's bits, ties to even; NaN gives 0.
+// All is 2^-Bits times as large as in GroupCoder::code(), which changes no rounding: the clamp at 0
+// and at NaN then is the saturation of a product.
 template <int Bits>
 inline constexpr float kRounding = 12582912.f / (1 << Bits);  // its last bit is a code's
 
