@@ -123,6 +123,7 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline float __frcp_rn(float a) { return 1.f / a; }
 inline float __saturatef(float a) { return a > 0.f ? std::min(a, 1.f) : 0.f; }
 template <class T>
 T __ldcs(const T* address) {

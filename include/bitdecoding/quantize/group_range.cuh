@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Minimum and maximum of quantisation groups of one tile in shared memory, and from them scales,
-// zero-points and coders. Lanes that share a group sit side by side and meet by shuffles.
-//   in   sX (N,D) fp16, finite or NaN       out  parameters in the page, coders in shared memory
+// zero-points and coders. First each run of 32 values leaves its range in a table; then a thread
+// takes a group, so that all lanes share the work of its parameters.
+//   in   sX (N,D) fp16       out  ranges, then parameters in the page and coders in shared memory
 #pragma once
 
 #include <cuda_fp16.h>
@@ -9,14 +10,26 @@
 #include <cute/tensor.hpp>
 
 #include "bitdecoding/format/quantizer.hpp"
+#include "bitdecoding/quantize/token_tile.cuh"
 
 namespace bitdecoding::quantize {
 
-// Groups are whole runs of 32 values: tokens of one channel, or channels of one token.
-inline constexpr int kRunValues = 32;
-
 // Group and page sizes are powers of two: a shift instead of a division.
 __device__ inline int log2_of(int power) { return 31 - __clz(power); }
+
+// What a group's values are coded with: 1 / scale is 2^-bits times as large as in GroupCoder.
+struct Coder {
+  float zero, factor;
+};
+
+// Of all groups of a tile: one row per group of the grouped axis, one column per element of the
+// other axis (channel axis: [token group][channel], token axis: [channel group][token]). Ranges
+// along tokens have a row per run instead. A range is (low, -high): both are minima.
+inline constexpr int kMaxGroups = 4;
+struct GroupTable {
+  Coder coder[kMaxGroups][kMaxPageTokens];
+  __half2 range[kMaxGroups][kMaxPageTokens];
+};
 
 // Minimum and maximum of two neighbouring values at once; NaN stays.
 struct PairRange {
@@ -27,75 +40,118 @@ struct PairRange {
     low = __hmin2_nan(low, pair);
     high = __hmax2_nan(high, pair);
   }
-  // Takes in the ranges of the 2, 4, ... `lanes` lanes around this one.
-  __device__ void include_lanes(int lanes) {
-    for (int distance = 1; distance < lanes; distance *= 2) {
-      low = __hmin2_nan(low, __shfl_xor_sync(0xffffffffu, low, distance));
-      high = __hmax2_nan(high, __shfl_xor_sync(0xffffffffu, high, distance));
+  __device__ void include(uint4 eight) {
+    for (const unsigned pair : {eight.x, eight.y, eight.z, eight.w}) {
+      include(reinterpret_cast<const __half2&>(pair));
     }
+  }
+  // As the table holds it: of the first, of the second, of both values.
+  __device__ __half2 of_low() const { return negate_second(__lows2half2(low, high)); }
+  __device__ __half2 of_high() const { return negate_second(__highs2half2(low, high)); }
+  __device__ __half2 of_both() const { return __hmin2_nan(of_low(), of_high()); }
+
+ private:
+  // A flip of the sign: one instruction on the pair as it is.
+  static __device__ __half2 negate_second(__half2 pair) {
+    const unsigned bits = reinterpret_cast<const unsigned&>(pair) ^ 0x80000000u;
+    return reinterpret_cast<const __half2&>(bits);
   }
 };
 
-__device__ inline format::GroupRange group_range(__half low, __half high) {
-  return {__half2float(low), __half2float(high), __hisnan(low) || __hisnan(high)};
+// A group as the page and as the table hold it.
+struct GroupResult {
+  format::GroupParameters parameters;
+  Coder coder;
+};
+
+// format::group_parameters and GroupCoder by the hardware's conversions: a range's ends are fp16
+// values, infinities saturate, an empty range stays empty, and no step overflows.
+template <int Bits>
+__device__ GroupResult group_result(__half2 low_and_negated_high) {
+  constexpr float kTop = static_cast<float>(format::max_code(Bits));
+  constexpr float kUnit = 1.f / (1 << Bits);
+  const float2 range = __half22float2(saturate(low_and_negated_high));
+  if (range.x != range.x || range.y != range.y) {
+    return {{format::kFp16NaN, format::kFp16NaN}, {0.f, 0.f}};
+  }
+  if (range.x > -range.y) return {{}, {0.f, 0.f}};
+  const float zero = __fadd_rn(range.x, 0.f);  // no -0
+  const float step = __fdiv_rn(__fsub_rn(-range.y, zero), kTop);
+  const __half scale = __float2half_rn(step > 0.f ? step : 0.f);
+  const float length = __half2float(scale);
+  const float inverse = length > 0.f ? __frcp_rn(length) : 0.f;
+  return {{__half_as_ushort(scale), __half_as_ushort(__float2half_rn(zero))},
+          {zero, __fmul_rn(inverse, kUnit)}};
 }
 
-// Ranges along tokens: visit(channel, token, range) once for every channel and K group, where
-// `token` is the group's first and tokens before `first_token` count for nothing.
-template <int Threads, class Tile, class Visit>
-__device__ void visit_channel_groups(const Tile& sX, int tokens, int group_tokens, int first_token,
-                                     const Visit& visit) {
+// Ranges along tokens, one per run: range[token / 32][channel]; tokens before `first_token` count
+// for nothing. A warp reads rows of 32 channel pairs.
+template <int Threads, class Tile>
+__device__ void find_channel_ranges(const Tile& sX, int tokens, int first_token,
+                                    GroupTable& table) {
   constexpr int kPairs = cute::size<1>(Tile{}.layout()) / 2;
-  const int runs = tokens / kRunValues, runs_log2 = log2_of(runs);
-  const int runs_per_group = group_tokens / kRunValues;
+  const int runs = tokens / kRunValues;
 #pragma unroll 1
   for (int item = threadIdx.x; item < kPairs * runs; item += Threads) {
-    const int run = item & (runs - 1);
-    const int channel = item >> runs_log2 << 1;
+    const int run = item / kPairs, channel = item % kPairs * 2;
+    const int begin = run * kRunValues, first = max(first_token - begin, 0);
     PairRange range;
-#pragma unroll 8
-    for (int step = 0; step < kRunValues; ++step) {
-      // Runs start two tokens apart, so that lanes of different runs hit different banks.
-      const int token = run * kRunValues + (step + 2 * run) % kRunValues;
-      if (token >= first_token) {
-        range.include(*reinterpret_cast<const __half2*>(&sX(token, channel)));
-      }
+    const auto include = [&](int step) {
+      range.include(reinterpret_cast<const __half2&>(sX(begin + step, channel)));
+    };
+    if (first == 0) {
+#pragma unroll
+      for (int step = 0; step < kRunValues; ++step) include(step);
+    } else {
+#pragma unroll 1
+      for (int step = first; step < kRunValues; ++step) include(step);
     }
-    range.include_lanes(runs_per_group);
-    if ((run & (runs_per_group - 1)) == 0) {
-      const int token = run * kRunValues;
-      visit(channel, token, group_range(__low2half(range.low), __low2half(range.high)));
-      visit(channel + 1, token, group_range(__high2half(range.low), __high2half(range.high)));
-    }
+    table.range[run][channel] = range.of_low();
+    table.range[run][channel + 1] = range.of_high();
   }
 }
 
-// Ranges along channels: visit(channel, token, range) once for every token and channel group, where
-// `channel` is the group's first.
-template <int Threads, class Tile, class Visit>
-__device__ void visit_token_groups(const Tile& sX, int tokens, int group_channels,
-                                   const Visit& visit) {
+// Ranges along channels: range[channel / group][token].
+template <int Threads, class Tile>
+__device__ void find_token_ranges(const Tile& sX, int tokens, int group_channels,
+                                  GroupTable& table) {
   constexpr int kRuns = cute::size<1>(Tile{}.layout()) / kRunValues;
-  const int runs_per_group = group_channels / kRunValues;
-#pragma unroll 1
-  for (int item = threadIdx.x; item < kRuns * tokens; item += Threads) {
-    const int run = item % kRuns;
-    const int token = item / kRuns;
-    const uint4* values = reinterpret_cast<const uint4*>(&sX(token, run * kRunValues));
+  const int group_log2 = log2_of(group_channels / kRunValues);  // in runs
+  visit_quarters<Threads>(tokens, [&](const Quarter& quarter) {
     PairRange range;
 #pragma unroll
-    for (int i = 0; i < kRunValues / 8; ++i) {
-      const uint4 eight = values[i];
-      for (const unsigned pair : {eight.x, eight.y, eight.z, eight.w}) {
-        range.include(*reinterpret_cast<const __half2*>(&pair));
+    for (int run = 0; run < kRuns; ++run) {
+      range.include(
+          reinterpret_cast<const uint4&>(sX(quarter.token, quarter.channel + run * kRunValues)));
+      const int group = run >> group_log2;
+      if ((run + 1) >> group_log2 == group) continue;  // it goes on
+      __half2 all = range.of_both();
+      for (int distance = kQuarterTokens; distance < 32; distance *= 2) {
+        all = __hmin2_nan(all, __shfl_xor_sync(0xffffffffu, all, distance));
       }
+      if (quarter.channel == 0) table.range[group][quarter.token] = all;
+      range = {};
     }
-    range.include_lanes(runs_per_group);
-    if ((run & (runs_per_group - 1)) == 0) {
-      const __half low = __hmin_nan(__low2half(range.low), __high2half(range.low));
-      const __half high = __hmax_nan(__low2half(range.high), __high2half(range.high));
-      visit(run * kRunValues, token, group_range(low, high));
+  });
+}
+
+// Calls visit(group, column, parameters) for all groups of a tile of `columns` columns, a power of
+// two, and leaves the coders. A group's range is that of `rows` rows of the table.
+template <int Threads, int Bits, class Visit>
+__device__ void visit_groups(GroupTable& table, int groups, int columns, int rows,
+                             const Visit& visit) {
+  const int columns_log2 = log2_of(columns);
+#pragma unroll 1
+  for (int item = threadIdx.x; item < groups * columns; item += Threads) {
+    const int group = item >> columns_log2, column = item & (columns - 1);
+    __half2 range = table.range[group * rows][column];
+#pragma unroll 1
+    for (int row = 1; row < rows; ++row) {
+      range = __hmin2_nan(range, table.range[group * rows + row][column]);
     }
+    const GroupResult result = group_result<Bits>(range);
+    visit(group, column, result.parameters);
+    table.coder[group][column] = result.coder;
   }
 }
 

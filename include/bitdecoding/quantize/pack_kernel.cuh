@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Prefill pack on the device: one CTA turns the K or the V of one (page, head) into its record.
-//   global --16-byte loads--> fp16 tile --ranges--> parameters, coders --ldmatrix--> units --> page
+// Prefill pack on the device: one CTA turns the K, then the V of one (page, head) into its record.
+// While it waits for one of them, the other CTAs of its SM are at work.
+//   global --cp.async--> fp16 tile --ranges--> parameters, coders --ldmatrix--> units --> page
 // Bytes equal the CPU backend's. A row with an impossible run writes nothing, a page id outside the
 // pool is skipped; both are reported through the error word.
 #pragma once
@@ -22,37 +23,32 @@ inline constexpr int kPackThreads = 256;
 template <int HeadDim>
 struct alignas(128) PackStorage {
   cute::array_aligned<cutlass::half_t, cute::cosize_v<TileLayout<HeadDim>>, 16> tile;  // (N,D)
-  CoderTable coders;
+  GroupTable groups;
 };
 
 // What one CTA packs.
 struct PackTask {
-  int batch, head, tensor;  // tensor: 0 K, 1 V
-  int page;                 // of this call's pages of the sequence
-  int token;                // its first row in the input
-  int position;             // its first position in the sequence
-  int page_id;              // in the pool; -1: nothing to do
+  int batch, head;
+  int page;          // of this call's pages of the sequence
+  int token = 0;     // its first row in the input
+  int position = 0;  // its first position in the sequence
+  int page_id = -1;  // in the pool; -1: nothing to do
 };
 
-// blockIdx: x = (page, head, tensor), tensor fastest, so that neighbours read the same token rows.
+// blockIdx: x = (page, head), head fastest, so that neighbours read the same token rows.
 __device__ inline PackTask find_task(const PackProblem& p, int* error_word) {
-  const int in_page = blockIdx.x % (2 * p.num_kv_heads);
-  PackTask task{static_cast<int>(blockIdx.y),
-                in_page / 2,
-                in_page % 2,
-                static_cast<int>(blockIdx.x / (2 * p.num_kv_heads)),
-                0,
-                0,
-                -1};
+  const int page = static_cast<int>(blockIdx.x) / p.num_kv_heads;
+  PackTask task{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x) - page * p.num_kv_heads,
+                page};
   const int begin = p.runs.begin(task.batch);
   const int count = p.runs.count(task.batch);
   if (const Fault fault = find_fault(p.runs, begin, count)) {
     report(error_word, task.batch, fault);
     return task;
   }
-  if (task.page >= count / p.format.page_tokens) return task;
+  const int pages = count >> log2_of(p.format.page_tokens);
+  if (task.page >= pages) return task;
   const int first_page = p.first_page == nullptr ? 0 : p.first_page[task.batch];
-  const int pages = count / p.format.page_tokens;
   if (first_page < 0 || first_page > p.max_pages - pages) {
     report(error_word, task.batch, first_page, p.max_pages, DeviceError::first_page);
     return task;
@@ -86,24 +82,33 @@ __device__ void pack_k(const Load& load, int first_token, const Page& page, Stor
   }
   const auto gScale = page.k_scales();  // (N,D)
   const auto gZero = page.k_zeros();    // (N,D)
-  const auto visit = [&](int channel, int token, const format::GroupRange& range) {
-    const auto parameters = format::group_parameters(range, Config.k_bits);
+  const auto store = [&](const auto& token, const auto& channel,
+                         const format::GroupParameters& parameters) {
     gScale(token, channel) = cutlass::half_t::bitcast(parameters.scale);
     gZero(token, channel) = cutlass::half_t::bitcast(parameters.zero);
-    const format::GroupCoder coder(parameters);
-    if constexpr (Config.k_axis == KAxis::channel) {
-      s.coders.coder[token >> log2_of(format.k_group)][channel] = coder;
-    } else {
-      s.coders.coder[channel >> log2_of(format.k_group)][token] = coder;
-    }
   };
+  const int group_log2 = log2_of(format.k_group);
   if constexpr (Config.k_axis == KAxis::channel) {
-    visit_channel_groups<kPackThreads>(sK, tokens, format.k_group, first_token, visit);
+    find_channel_ranges<kPackThreads>(sK, tokens, first_token, s.groups);
+    __syncthreads();
+    const int in_chunk_log2 = max(log2_of(kChunkTokens) - group_log2, 0);  // groups of a chunk
+    visit_groups<kPackThreads, Config.k_bits>(
+        s.groups, tokens >> group_log2, Config.head_dim, format.k_group / kRunValues,
+        [&](int group, int channel, const auto& parameters) {
+          const int in_chunk = group & ((1 << in_chunk_log2) - 1);
+          store(cute::make_coord(0, in_chunk, group >> in_chunk_log2), channel, parameters);
+        });
   } else {
-    visit_token_groups<kPackThreads>(sK, tokens, format.k_group, visit);
+    find_token_ranges<kPackThreads>(sK, tokens, format.k_group, s.groups);
+    __syncthreads();
+    visit_groups<kPackThreads, Config.k_bits>(s.groups, Config.head_dim >> group_log2, tokens, 1,
+                                              [&](int group, int token, const auto& parameters) {
+                                                store(token, cute::make_coord(0, group),
+                                                      parameters);
+                                              });
   }
   __syncthreads();
-  pack_k_units<Config, kPackThreads>(page, sK, s.coders);
+  pack_k_units<Config, kPackThreads>(page, sK, s.groups);
 }
 
 // The V half of a page from load(sV).
@@ -114,17 +119,19 @@ __device__ void pack_v(const Load& load, const Page& page, Storage& s) {
   const auto sV = make_tile<Config.head_dim>(s.tile.data());  // (N,D)
   load(sV);
   __syncthreads();
+  find_token_ranges<kPackThreads>(sV, tokens, format.v_group, s.groups);
+  __syncthreads();
   const auto gScale = page.v_scales();  // (N,D)
   const auto gZero = page.v_zeros();    // (N,D)
-  visit_token_groups<kPackThreads>(
-      sV, tokens, format.v_group, [&](int channel, int token, const format::GroupRange& range) {
-        const auto parameters = format::group_parameters(range, Config.v_bits);
+  visit_groups<kPackThreads, Config.v_bits>(
+      s.groups, Config.head_dim >> log2_of(format.v_group), tokens, 1,
+      [&](int group, int token, const format::GroupParameters& parameters) {
+        const auto channel = cute::make_coord(0, group);
         gScale(token, channel) = cutlass::half_t::bitcast(parameters.scale);
         gZero(token, channel) = cutlass::half_t::bitcast(parameters.zero);
-        s.coders.coder[channel >> log2_of(format.v_group)][token] = format::GroupCoder(parameters);
       });
   __syncthreads();
-  pack_v_units<Config, kPackThreads>(page, sV, s.coders);
+  pack_v_units<Config, kPackThreads>(page, sV, s.groups);
 }
 
 // Bytes behind the last chunk, up to the record's alignment, are zero.
@@ -134,31 +141,36 @@ __device__ void zero_padding(const Page& page, std::uint8_t* bytes) {
   for (int i = used + threadIdx.x; i < page.record().page_bytes(); i += kPackThreads) bytes[i] = 0;
 }
 
-// `Row` is a row of the kernel table: a struct whose static `config` is the PageConfig.
+// What a CTA does. `Row` is a row of the kernel table: a struct whose static `config` is the
+// PageConfig.
 template <class Row>
-__global__ void __launch_bounds__(kPackThreads)
-    pack_pages(const __grid_constant__ PackProblem p,
-               const __grid_constant__ layout::PageRecord record, int* error_word) {
+__device__ void pack_page(const PackProblem& p, const layout::PageRecord& record, int* error_word,
+                          PackStorage<Row::config.head_dim>& storage) {
   constexpr layout::PageConfig config = Row::config;
-  extern __shared__ __align__(128) unsigned char smem[];
-  auto& storage = *reinterpret_cast<PackStorage<config.head_dim>*>(smem);
-
   const PackTask task = find_task(p, error_word);
   if (task.page_id < 0) return;
   std::uint8_t* bytes =
       p.pool +
       (static_cast<std::int64_t>(task.page_id) * p.num_kv_heads + task.head) * record.page_bytes();
   const layout::PackedKvPage<config> page(record, bytes);
-  const TokenRows& rows = task.tensor == 0 ? p.k : p.v;
-  const auto load = [&](const auto& sX) {  // (N,D)
-    load_tile<kPackThreads>(rows, task.batch, task.token, task.head, p.format.page_tokens, sX);
+  const auto load = [&](const TokenRows& rows) {
+    return [&, rows](const auto& sX) {  // (N,D)
+      load_tile<kPackThreads>(rows, task.batch, task.token, task.head, p.format.page_tokens, sX);
+    };
   };
-  if (task.tensor == 0) {
-    pack_k<config>(load, p.keep_first - task.position, page, storage);
-  } else {
-    pack_v<config>(load, page, storage);
-    zero_padding(page, bytes);
-  }
+  pack_k<config>(load(p.k), p.keep_first - task.position, page, storage);
+  __syncthreads();  // the tile is free
+  pack_v<config>(load(p.v), page, storage);
+  zero_padding(page, bytes);
+}
+
+template <class Row>
+__global__ void __launch_bounds__(kPackThreads)
+    pack_pages(const __grid_constant__ PackProblem p,
+               const __grid_constant__ layout::PageRecord record, int* error_word) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  pack_page<Row>(p, record, error_word,
+                 *reinterpret_cast<PackStorage<Row::config.head_dim>*>(smem));
 }
 
 }  // namespace bitdecoding::quantize

@@ -15,7 +15,7 @@ template <class Row>
 cudaError_t launch_pack(const PackProblem& problem, cudaStream_t stream, int* error_word) {
   const int pages = problem.runs.row_tokens / problem.format.page_tokens;  // of the longest row
   if (pages == 0 || problem.runs.batch == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(pages) * 2u * static_cast<unsigned>(problem.num_kv_heads),
+  const dim3 grid(static_cast<unsigned>(pages) * static_cast<unsigned>(problem.num_kv_heads),
                   static_cast<unsigned>(problem.runs.batch));
   constexpr int kSmem_bytes = sizeof(PackStorage<Row::config.head_dim>);
   static_assert(kSmem_bytes <= 48 * 1024, "more needs an opt-in attribute");

@@ -9,6 +9,9 @@
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/tensor.hpp>
 
+#include <bit>
+#include <cstdint>
+
 #include "bitdecoding/format/quantizer.hpp"
 #include "bitdecoding/layout/code_layout.hpp"
 #include "bitdecoding/layout/page_config.hpp"
@@ -16,14 +19,6 @@
 #include "bitdecoding/quantize/token_tile.cuh"
 
 namespace bitdecoding::quantize {
-
-// Coders of all groups of a tile: one row per group of the grouped axis, one column per element of
-// the other axis (channel axis: [token group][channel], token axis: [channel group][token]).
-inline constexpr int kMaxGroups = 4;
-struct CoderTable {
-  format::GroupCoder coder[kMaxGroups][kMaxPageTokens];
-};
-static_assert(sizeof(CoderTable) == 8 * kMaxGroups * kMaxPageTokens);
 
 // One lane's A fragment of a 16x16 tile: value (h, m8, k8) is half h of register m8 + 2 * k8.
 struct Fragment {
@@ -67,14 +62,43 @@ constexpr int v_word_bit(int h, int m8, int k8, int tile) {
   return Bits * layout::v_code_layout<Bits, HeadDim>()(8 * k8 + h, 16 * tile + 8 * m8);
 }
 
-// Adds a fragment's codes to a unit, whose bits there are 0: each at bit(h, m8, k8), by the coder
-// of its group, coder(h, m8, k8). Sums take nvcc fewer registers than ors, 40 instead of 64.
-template <int Bits, class Coder, class Bit, class Unit>
-__device__ void add_codes(const Fragment& f, const Coder& coder, const Bit& bit, Unit& unit) {
+// clamp(rint((value - zero) / scale), 0, max_code) + kRounding's bits, ties to even; NaN gives 0.
+// All is 2^-Bits times as large as in GroupCoder::code(), which changes no rounding: the clamp at 0
+// and at NaN then is the saturation of a product.
+template <int Bits>
+inline constexpr float kRounding = 12582912.f / (1 << Bits);  // its last bit is a code's
+
+template <int Bits>
+__device__ std::uint32_t rounded_code(float value, const Coder& coder) {
+  constexpr float kTop = static_cast<float>(format::max_code(Bits)) / (1 << Bits);
+  const float scaled = __saturatef(__fmul_rn(__fsub_rn(value, coder.zero), coder.factor));
+  return __float_as_uint(__fadd_rn(fminf(scaled, kTop), kRounding<Bits>));
+}
+
+// A word before its codes are added: less what they bring along of kRounding's bits.
+template <int Bits>
+constexpr std::uint32_t empty_word() {
+  std::uint32_t word = 0;
+  for (int at = 0; at < layout::kWord_bits; at += Bits) {
+    word -= std::bit_cast<std::uint32_t>(kRounding<Bits>) << at;
+  }
+  return word;
+}
+template <int Bits, class Unit>
+__device__ Unit empty_unit() {
+  Unit unit;
+  for (std::uint32_t& word : unit.word) word = empty_word<Bits>();
+  return unit;
+}
+
+// Adds a fragment's codes to a unit: each at bit(h, m8, k8), by the coder of its group,
+// coder(h, m8, k8). A sum is one instruction a code, without a mask.
+template <int Bits, class CoderOf, class Bit, class Unit>
+__device__ void add_codes(const Fragment& f, const CoderOf& coder, const Bit& bit, Unit& unit) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int h = i % 2, m8 = i / 2 % 2, k8 = i / 4;
-    const std::uint32_t code = coder(h, m8, k8).code(f.value(h, m8, k8), Bits);
+    const std::uint32_t code = rounded_code<Bits>(f.value(h, m8, k8), coder(h, m8, k8));
     const int at = bit(h, m8, k8);
     unit.word[at / layout::kWord_bits] += code << at % layout::kWord_bits;
   }
@@ -82,7 +106,7 @@ __device__ void add_codes(const Fragment& f, const Coder& coder, const Bit& bit,
 
 // Packs sK (N,D).
 template <layout::PageConfig Config, int Threads, class Page, class Tile>
-__device__ void pack_k_units(const Page& page, const Tile& sK, const CoderTable& table) {
+__device__ void pack_k_units(const Page& page, const Tile& sK, const GroupTable& table) {
   using S = typename Page::K;
   constexpr int kBits = Config.k_bits;
   const KvFormat& format = page.record().format();
@@ -95,11 +119,11 @@ __device__ void pack_k_units(const Page& page, const Tile& sK, const CoderTable&
        item += Threads / layout::kLanes) {
     const int block = item / S::k_units, unit = item % S::k_units;
     const int token = block * layout::kBlockTokens;
-    typename Page::KUnit packed{};
+    auto packed = empty_unit<kBits, typename Page::KUnit>();
 #pragma unroll
     for (int tile = 0; tile < S::k_unit_words * S::tiles_per_word; ++tile) {
       const int channel = (unit * S::k_unit_words * S::tiles_per_word + tile) * 16;
-      const auto coder = [&](int h, int m8, int k8) -> const format::GroupCoder& {
+      const auto coder = [&](int h, int m8, int k8) -> const Coder& {
         if constexpr (Config.k_axis == KAxis::channel) {
           return table.coder[token >> group_log2][channel + 8 * k8 + 2 * t + h];
         } else {
@@ -118,7 +142,7 @@ __device__ void pack_k_units(const Page& page, const Tile& sK, const CoderTable&
 
 // Packs sV (N,D).
 template <layout::PageConfig Config, int Threads, class Page, class Tile>
-__device__ void pack_v_units(const Page& page, const Tile& sV, const CoderTable& table) {
+__device__ void pack_v_units(const Page& page, const Tile& sV, const GroupTable& table) {
   using S = typename Page::V;
   constexpr int kBits = Config.v_bits;
   constexpr int kChunkUnits = S::v_parts * S::v_units;
@@ -131,7 +155,7 @@ __device__ void pack_v_units(const Page& page, const Tile& sV, const CoderTable&
        item += Threads / layout::kLanes) {
     const int chunk = item / kChunkUnits;
     const int part = item % kChunkUnits / S::v_units, unit = item % S::v_units;
-    typename Page::VUnit packed{};
+    auto packed = empty_unit<kBits, typename Page::VUnit>();
 #pragma unroll
     for (int tile = 0; tile < S::v_unit_words * S::tiles_per_word; ++tile) {
       const int word_index = unit * S::v_unit_words + tile / S::tiles_per_word;  // in the part
@@ -139,7 +163,7 @@ __device__ void pack_v_units(const Page& page, const Tile& sV, const CoderTable&
       const int word_channel = part * S::v_part_words + word_index % S::v_part_words;
       const int token = chunk * kChunkTokens + block * layout::kBlockTokens;
       const int channel = (word_channel * S::tiles_per_word + tile % S::tiles_per_word) * 16;
-      const auto coder = [&](int h, int, int k8) -> const format::GroupCoder& {
+      const auto coder = [&](int h, int, int k8) -> const Coder& {
         return table.coder[channel >> group_log2][token + 8 * k8 + 2 * t + h];
       };
       const auto bit = [&](int h, int m8, int k8) {
