@@ -105,13 +105,13 @@ __device__ inline bool is_sound(const PagedKvCache& c, int batch, const AppendSt
   return __syncthreads_and(!fault) != 0;
 }
 
-// Called by one thread of every CTA of a sequence once the CTA has the sequence's state: the last
-// one may overwrite it, whatever the others are still doing, and leaves the counter zero. It takes
-// no fence: what a CTA has read has arrived before it counts, and nothing that one writes is read
-// by another.
-__device__ inline bool is_last(int batch, int* counters) {
-  const unsigned last = gridDim.x - 1;
-  return atomicInc(reinterpret_cast<unsigned*>(counters) + batch, last) == last;
+// Called by one thread of every CTA of a sequence once the CTA has the sequence's state. Returns how
+// many have counted before: the last one may overwrite the state, whatever the others are still
+// doing, and leaves the counter zero. It takes no fence: what a CTA has read has arrived before it
+// counts, and nothing that one writes is read by another.
+__device__ inline int count_cta(int batch, int* counters) {
+  auto* counter = reinterpret_cast<unsigned*>(counters) + batch;
+  return static_cast<int>(atomicInc(counter, gridDim.x - 1));
 }
 
 // ---- tokens that stay in fp16 ----
@@ -299,8 +299,9 @@ __device__ void append_by_cta(const AppendProblem& p, const layout::PageRecord& 
   __syncthreads();
   const AppendTask& task = storage.task;
   const AppendStep& step = storage.step;
-  // Of a warp that has the fewest rows to move.
-  const bool settles = threadIdx.x == kPackThreads - 1 && is_last(task.batch, counters);
+  // One of a warp that has the fewest rows to move; nobody waits yet for what it returns.
+  int counted = -1;
+  if (threadIdx.x == kPackThreads - 1) counted = count_cta(task.batch, counters);
 
   const bool fills_pages = step.growth.fills_pages();  // not where there is a fault
   const PageFiller<Config> pages(p, record, task, step, storage.pack);
@@ -308,7 +309,7 @@ __device__ void append_by_cta(const AppendProblem& p, const layout::PageRecord& 
   const bool sound = is_sound(c, task.batch, step, error_word);
   if (!sound) return pages.abandon();
 
-  if (settles) {
+  if (counted == static_cast<int>(gridDim.x) - 1) {
     c.lengths[task.batch] = step.growth.length;
     c.packed[task.batch] = step.growth.packed;
   }
