@@ -130,11 +130,12 @@ def add_legend(drawing: Figure) -> None:
     for axes in drawing.axes:
         handles, names = axes.get_legend_handles_labels()
         found |= zip(names, handles, strict=True)
+    column = 0.45 + 0.063 * max(map(len, found))  # inches of a marker and the longest name
     drawing.legend(
         found.values(),
         found.keys(),
         loc="outside lower center",
-        ncols=int(drawing.get_figwidth() / 1.6),
+        ncols=max(1, int(drawing.get_figwidth() / column)),
     )
 
 
