@@ -61,7 +61,7 @@ struct BatchItems {
   int mine = 0;
   int total = 0;
   bool has_empty = false;  // sequences without items
-  SequenceState first;  // of the lane's first sequence
+  SequenceState first;     // of the lane's first sequence
 };
 __device__ inline int sequences_run(const PagedKvCache& cache) { return (cache.batch + 31) / 32; }
 
