@@ -11,11 +11,21 @@ enum class Arch {
   sm90 = 90,  // bulk copies and mbarriers
 };
 
+// What codes are multiplied as. A mask of a word makes four bytes or two halves, but the other
+// operand's 16 bits take two bytes, two columns of an MMA.
+enum class Product {
+  bytes,   // integer MMAs: 4 query columns fill an n tile
+  halves,  // fp16 MMAs: 8 query columns do
+};
+
 struct DecodeConfig {
   Arch arch = Arch::sm80;
   layout::PageConfig page;
-  int query_columns = 8;  // (query tokens x query heads per KV head) of a tile: 8 or 16
+  int query_columns = 8;  // (query tokens x query heads per KV head) of a tile: 4, 8 or 16
 
+  constexpr Product product() const {
+    return query_columns <= 4 ? Product::bytes : Product::halves;
+  }
   friend constexpr bool operator==(const DecodeConfig&, const DecodeConfig&) = default;
 };
 

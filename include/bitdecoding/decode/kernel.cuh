@@ -12,7 +12,7 @@ namespace bitdecoding::decode {
 
 // Warps of a CTA, one CTA per SM: as many as the registers of a stream allow.
 template <DecodeConfig Config>
-inline constexpr int kMaxWarps = Config.query_columns == 8 ? 12 : 8;
+inline constexpr int kMaxWarps = Config.query_columns <= 8 ? 12 : 8;
 inline constexpr int kMostWarps = 12;
 
 // What the warps leave to the CTA.

@@ -29,17 +29,20 @@ constexpr int largest_stage_bytes(const layout::PageConfig& page) {
       std::max(layout::PageRecord(largest).chunk(1), zone_tile_bytes(page.head_dim)), 128);
 }
 
+// A stage also holds a tile of 16-bit tokens, or the partial that a segment leaves.
+template <DecodeConfig Config>
+inline constexpr int kLeastStageBytes =
+    std::max(zone_tile_bytes(Config.page.head_dim), int{sizeof(Partial<Shape<Config>>)});
+
 // As many warps and stages as shared memory has room for: two stages or more.
 template <class Row>
 void fit_rings(int packed_bytes, DecodePlan* plan) {
   constexpr DecodeConfig config = Row::config;
-  static_assert(zone_tile_bytes(config.page.head_dim) >= int{sizeof(Partial<Shape<config>>)});
-  static_assert(4 * 2 * largest_stage_bytes(config.page) + int{sizeof(CtaStorage)} +
-                        4 * int{sizeof(WarpStorage)} <=
+  static_assert(4 * 2 * std::max(largest_stage_bytes(config.page), kLeastStageBytes<config>) +
+                        int{sizeof(CtaStorage)} + 4 * int{sizeof(WarpStorage)} <=
                     shared_limit_bytes(config.arch),
                 "4 warps have two stages in every format");
-  plan->stage_bytes =
-      layout::round_up(std::max(packed_bytes, zone_tile_bytes(config.page.head_dim)), 128);
+  plan->stage_bytes = layout::round_up(std::max(packed_bytes, kLeastStageBytes<config>), 128);
   const int limit = shared_limit_bytes(config.arch);
   for (plan->warps = kMaxWarps<config>;; plan->warps -= 4) {
     const int fixed = static_cast<int>(sizeof(CtaStorage) + plan->warps * sizeof(WarpStorage));

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Partial attention of a segment and how partials become the output. A partial is m (log2 domain),
-// l = sum 2^(s - m + 11) and O of the same scale; merging is associative, and always in unit order.
-//   memory   float o[columns][D + 4], m[columns], l[columns]
+// l = sum 2^(s - m) and O of the same scale; merging is associative, and always in unit order.
+//   memory   float o[columns][D + 8], m[columns], l[columns]
 #pragma once
 
 #include "bitdecoding/arch/sm80.cuh"
-#include "bitdecoding/decode/query.cuh"
-#include "bitdecoding/decode/values.cuh"
+#include "bitdecoding/decode/halves/values.cuh"
 
 namespace bitdecoding::decode {
 
 template <class S>
 struct alignas(16) Partial {
-  float o[S::columns][S::head_dim + 4];  // padded: lanes of a store meet different banks
+  float o[S::columns][S::head_dim + 8];  // padded: lanes of a store meet different banks
   float maximum[S::columns];
   float sum[S::columns];
 };
@@ -46,7 +45,7 @@ __device__ inline void store_output(const DecodeProblem& p, std::int64_t index, 
 
 __device__ inline float natural_lse(float maximum, float sum) {
   if (sum == 0.f) return -INFINITY;
-  return 0.693147181f * (maximum - kWeightExponent + arch::log2(sum));
+  return 0.693147181f * (maximum + arch::log2(sum));
 }
 
 // Of what every lane has summed over its rows.
@@ -63,31 +62,26 @@ __device__ void store_partial(Output<S, Groups>& output, const Softmax<S>& softm
                               const Groups& groups, int lane, Partial<S>& partial) {
   constexpr int kPartChannels = S::head_dim / S::V::v_parts;
   const int g = lane / 4, t = lane % 4;
-  output.make_true();
+  if constexpr (Halves<S>) make_true(output);
 #pragma unroll
-  for (int n = 0; n < S::n_tiles; ++n) {
+  for (int c = 0; c < S::lane_columns; ++c) {
+    const float sum = sum_of_rows(softmax.sum(c));
+    const int column = S::column(c, t);
+    if (g == 0) {
+      partial.maximum[column] = softmax.maximum(c) - kWeightExponent<S>;
+      partial.sum[column] = sum;
+    }
+    float zero = 0.f;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float sum = sum_of_rows(softmax.sum(e, n));
-      const int column = 8 * n + 2 * t + e;
-      if (g == 0) {
-        partial.maximum[column] = softmax.maximum(e, n);
-        partial.sum[column] = sum;
+    for (int part = 0; part < S::V::v_parts; ++part) {
+      if (begins_group(part * kPartChannels, groups.v_group())) {
+        zero = sum_of_rows(output.zero_sum_of(part)(c));
       }
-      float zero = 0.f;
 #pragma unroll
-      for (int part = 0; part < S::V::v_parts; ++part) {
-        if (begins_group(part * kPartChannels, groups.v_group())) {
-          zero = sum_of_rows(output.zero_sum[part % Output<S, Groups>::kZeroSums](e, n));
-        }
-#pragma unroll
-        for (int tile = 0; tile < S::v_part_tiles; ++tile) {
-          const int k = part * S::v_part_tiles + tile;
-#pragma unroll
-          for (int u = 0; u < 2; ++u) {
-            partial.o[column][16 * k + g + 8 * u] = output.tOrO(e + 2 * u, n, k) + zero;
-          }
-        }
+      for (int tile = 0; tile < S::v_part_tiles; ++tile) {
+        const int k = part * S::v_part_tiles + tile;
+        partial.o[column][16 * k + g] = output.tOrO(0, c, k) + zero;
+        partial.o[column][16 * k + g + 8] = output.tOrO(1, c, k) + zero;
       }
     }
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The queries of one segment as B operands: loaded, brought to max |q| in [32, 64) by a power of
-// two per column, and multiplied by K's scales once per group (Q' = q * scale, per-channel K).
+// The queries of one segment: loaded as B operand, brought to max |q| in [32, 64) by a power of two
+// per column. What K's scales make of them once per group, Q' = q * scale, is in bytes/ and halves/.
 #pragma once
 
 #include "bitdecoding/decode/decode_problem.hpp"
@@ -9,12 +9,9 @@
 
 namespace bitdecoding::decode {
 
+// The operands of a segment's products with K's codes: bytes/query.cuh, halves/query.cuh.
 template <class S>
-struct Query {
-  QueryTensor<S> q;       // raw, times the column's power of two
-  QueryTensor<S> scaled;  // times K's scales (channel axis) and the codes' positions
-  ColumnTensor<S> scale;  // softmax scale * log2(e) / power of two: score -> log2 domain
-};
+struct Query;
 
 // Which query a column is: (query token, head of the group), heads fastest.
 struct QueryColumns {
@@ -44,7 +41,7 @@ __device__ void load_query(const DecodeProblem& p, int sequence, int kv_head,
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int n = 0; n < S::n_tiles; ++n) {
-    const int column = columns.first + 8 * n + g;
+    const int column = columns.first + S::operand_column(n, g);
     const bool real = column < columns.count;
     const int token = p.query_tokens == 1 ? 0 : column / columns.group;
     const int head = kv_head * columns.group + column - token * columns.group;
@@ -62,10 +59,12 @@ __device__ void load_query(const DecodeProblem& p, int sequence, int kv_head,
   }
 }
 
+// q times the column's power of two, and the scale that turns a score with it to the log2 domain:
+// softmax scale * log2(e) / power of two.
 template <class S>
-__device__ void set_query(Query<S>& query, const QueryBits<S>& bits, ElementType type,
-                          float softmax_scale, int lane) {
-  const int t = lane % 4;
+__device__ void set_query(QueryTensor<S>& q, ColumnTensor<S>& scale, const QueryBits<S>& bits,
+                          ElementType type, float softmax_scale, int lane) {
+  float operand_scale[S::n_tiles];  // of the lane's row of B
 #pragma unroll
   for (int n = 0; n < S::n_tiles; ++n) {
     float largest = 0.f;
@@ -82,92 +81,77 @@ __device__ void set_query(Query<S>& query, const QueryBits<S>& bits, ElementType
 #pragma unroll
     for (int i = 0; i < 2 * S::tiles; ++i) {
       const float2 pair = widen_pair(bits(i % 2, n, i / 2), type);
-      query.q(i % 2, n, i / 2) = as_bits(__floats2half2_rn(pair.x * power, pair.y * power));
+      q(i % 2, n, i / 2) = as_bits(__floats2half2_rn(pair.x * power, pair.y * power));
     }
-    const float scale = fabsf(softmax_scale) * 1.44269504f * power_of_two(-exponent);
-    query.scale(0, n) = __shfl_sync(0xffffffffu, scale, 8 * t);      // column 2t: lane 4 * 2t
-    query.scale(1, n) = __shfl_sync(0xffffffffu, scale, 8 * t + 4);  // column 2t + 1
+    operand_scale[n] = fabsf(softmax_scale) * 1.44269504f * power_of_two(-exponent);
+  }
+#pragma unroll
+  for (int c = 0; c < S::lane_columns; ++c) {
+    const float of_tile = operand_scale[c * S::n_tiles / S::lane_columns];
+    scale(c) = __shfl_sync(0xffffffffu, of_tile, S::operand_lane(c, lane % 4));
   }
 }
 
-// Multiplies by the powers of two of the codes' positions.
+// The lane's columns of one n tile's accumulators.
+template <class S, class Sum>
+__device__ void take_columns(const Sum& sum, int n, ColumnTensor<S>& sums) {
+  constexpr int kColumns = S::lane_columns / S::n_tiles;
+#pragma unroll
+  for (int e = 0; e < kColumns; ++e) sums(n * kColumns + e) = sum(e);
+}
+
+// The sums of q over 32 channels, for per-token K: tiles 2 * pair and 2 * pair + 1.
 template <class S>
-__device__ void apply_positions(QueryTensor<S>& scaled) {
-  constexpr int kBits = S::page.k_bits;
-#pragma unroll
-  for (int k = 0; k < S::tiles; ++k) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int f = 2 * (k % S::K::tiles_per_word) + i;
-      if (f == 0) continue;
-      const __half2 factor = __float2half2_rn(position_factor<kBits>(f));
-#pragma unroll
-      for (int n = 0; n < S::n_tiles; ++n) {
-        scaled(i, n, k) = as_bits(__hmul2(as_half2(scaled(i, n, k)), factor));
-      }
-    }
-  }
-}
-
-// Some product of the lane overflowed fp16.
-template <class S>
-__device__ bool overflowed(const QueryTensor<S>& scaled) {
-  __half2 largest = __float2half2_rn(0.f);
-#pragma unroll
-  for (int i = 0; i < cute::size(scaled); ++i) {
-    largest = __hmax2(largest, __habs2(as_half2(scaled(i))));
-  }
-  // Infinity is the only one of their bit patterns with a carry out of its exponent.
-  return ((as_bits(largest) + 0x04000400u) & 0x80008000u) != 0;
-}
-
-// Q' of a channel-axis group, the zero-points' share of every column's score, and the factor that
-// brings code products to the log2 domain. `vectors` (t, piece, scale | zero): 16-byte pieces.
-template <class S, class Vectors>
-__device__ void apply_channel_group(Query<S>& query, const Vectors& vectors, int lane,
-                                    ColumnTensor<S>& factor, ColumnTensor<S>& bias) {
-  const int t = lane % 4;
-  // Two chains, so that an MMA needn't wait for the one before.
-  auto zero_sum = cute::make_tensor<float>(cute::Shape<_4, Int<S::n_tiles>, _2>{});
-  cute::clear(zero_sum);
-  const auto build = [&](const auto& shrink) {
-#pragma unroll
-    for (int piece = 0; piece < S::tiles / 2; ++piece) {
-      const uint4 scales = vectors(t, piece, 0);
-      const std::uint32_t pairs[4] = {scales.x, scales.y, scales.z, scales.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int k = 2 * piece + i / 2;
-#pragma unroll
-        for (int n = 0; n < S::n_tiles; ++n) {
-          query.scaled(i % 2, n, k) = multiply(shrink(query.q(i % 2, n, k)), pairs[i]);
-        }
-      }
-    }
-  };
-#pragma unroll
-  for (int piece = 0; piece < S::tiles / 2; ++piece) {
-    const uint4 zeros = vectors(t, piece, 1);
-#pragma unroll
-    for (int n = 0; n < S::n_tiles; ++n) {
-      mma(zero_sum(_, n, 0), {zeros.x, zeros.x, zeros.y, zeros.y}, query.q(_, n, 2 * piece));
-      mma(zero_sum(_, n, 1), {zeros.z, zeros.z, zeros.w, zeros.w}, query.q(_, n, 2 * piece + 1));
-    }
-  }
-  build([](std::uint32_t q) { return q; });
-  float unshrink = 1.f;
-  if (__any_sync(0xffffffffu, overflowed<S>(query.scaled))) {  // scales above 1024
-    const std::uint32_t factor_bits = 0x14001400u;             // 2^-10, twice
-    build([&](std::uint32_t q) { return multiply(q, factor_bits); });
-    unshrink = 1024.f;
-  }
-  apply_positions<S>(query.scaled);
+__device__ ColumnTensor<S> sum_query(const QueryTensor<S>& q, int pair) {
+  const FragmentA ones{{0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u}};
+  ColumnTensor<S> sums;
 #pragma unroll
   for (int n = 0; n < S::n_tiles; ++n) {
+    auto sum = cute::make_tensor<float>(cute::Shape<_4>{});
+    cute::clear(sum);
+    mma(sum, ones, q(_, n, 2 * pair));
+    mma(sum, ones, q(_, n, 2 * pair + 1));
+    take_columns<S>(sum, n, sums);
+  }
+  return sums;
+}
+
+// sum(q * zero) over a K group's channels: an MMA whose rows all hold the zero-points.
+// `vectors` (t, piece, scale | zero): 16-byte pieces.
+template <class S, class Vectors>
+__device__ ColumnTensor<S> sum_zeros(const QueryTensor<S>& q, const Vectors& vectors, int lane) {
+  ColumnTensor<S> sums;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      factor(e, n) = query.scale(e, n) * (kCodeFactor * unshrink);
-      bias(e, n) = (zero_sum(e, n, 0) + zero_sum(e, n, 1)) * query.scale(e, n);
+  for (int n = 0; n < S::n_tiles; ++n) {
+    // Two chains, so that an MMA needn't wait for the one before.
+    auto sum = cute::make_tensor<float>(cute::Shape<_4, _2>{});
+    cute::clear(sum);
+#pragma unroll
+    for (int piece = 0; piece < S::tiles / 2; ++piece) {
+      const uint4 zeros = vectors(lane % 4, piece, 1);
+      mma(sum(_, 0), {zeros.x, zeros.x, zeros.y, zeros.y}, q(_, n, 2 * piece));
+      mma(sum(_, 1), {zeros.z, zeros.z, zeros.w, zeros.w}, q(_, n, 2 * piece + 1));
+    }
+    take_columns<S>([&](int e) { return sum(e, 0) + sum(e, 1); }, n, sums);
+  }
+  return sums;
+}
+
+// Q' = q * scale of a K group; shifted(q): what is multiplied instead of q.
+template <class S, class Vectors, class Shifted>
+__device__ void scale_query(const QueryTensor<S>& q, const Vectors& vectors, int lane,
+                            const Shifted& shifted, QueryTensor<S>& scaled) {
+#pragma unroll
+  for (int piece = 0; piece < S::tiles / 2; ++piece) {
+    const uint4 scales = vectors(lane % 4, piece, 0);
+    const std::uint32_t pairs[4] = {scales.x, scales.y, scales.z, scales.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int k = 2 * piece + i / 2;
+#pragma unroll
+      for (int n = 0; n < S::n_tiles; ++n) {
+        scaled(i % 2, n, k) = multiply(shifted(q(i % 2, n, k)), pairs[i]);
+      }
     }
   }
 }

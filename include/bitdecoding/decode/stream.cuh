@@ -3,9 +3,12 @@
 // barrier.   scores -> mask -> maximum -> weights -> values
 #pragma once
 
+#include "bitdecoding/decode/bytes/scores.cuh"
+#include "bitdecoding/decode/bytes/values.cuh"
 #include "bitdecoding/decode/groups.hpp"
+#include "bitdecoding/decode/halves/scores.cuh"
+#include "bitdecoding/decode/halves/values.cuh"
 #include "bitdecoding/decode/ring.cuh"
-#include "bitdecoding/decode/values.cuh"
 
 namespace bitdecoding::decode {
 
@@ -28,8 +31,13 @@ class Stream {
   }
 
   __device__ void begin_segment(const QueryBits<S>& bits) {
-    set_query<S>(query_, bits, a_.problem.type, a_.problem.softmax_scale, arch::lane_id());
-    if constexpr (S::page.k_axis == KAxis::token) prepare_token_axis();
+    set_query<S>(query_.q, query_.scale, bits, a_.problem.type, a_.problem.softmax_scale,
+                 arch::lane_id());
+    if constexpr (S::page.k_axis == KAxis::token) {
+      prepare_token_axis<S>(query_, arch::lane_id());
+#pragma unroll
+      for (int pair = 0; pair < S::tiles / 2; ++pair) sums_[pair] = sum_query<S>(query_.q, pair);
+    }
     softmax_.reset();
     output_.reset();
   }
@@ -49,26 +57,6 @@ class Stream {
  private:
   using Scale = ScoreScale<S, Groups::kMostChunkGroups>;
 
-  // Per-token K needs q only times the positions, and its sums over every 32 channels.
-  __device__ void prepare_token_axis() {
-    const FragmentA ones{{0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u}};
-#pragma unroll
-    for (int i = 0; i < cute::size(query_.q); ++i) query_.scaled(i) = query_.q(i);
-    apply_positions<S>(query_.scaled);
-#pragma unroll
-    for (int span = 0; span < S::tiles / 2; ++span) {
-#pragma unroll
-      for (int n = 0; n < S::n_tiles; ++n) {
-        auto sum = cute::make_tensor<float>(cute::Shape<_4>{});
-        cute::clear(sum);
-        mma(sum, ones, query_.q(_, n, 2 * span));
-        mma(sum, ones, query_.q(_, n, 2 * span + 1));
-        sums_[span](0, n) = sum(0);
-        sums_[span](1, n) = sum(1);
-      }
-    }
-  }
-
   // The chunks of a packed item, one after the other.
   __device__ void attend_packed(const ItemTokens& tokens, std::uint8_t* bytes) {
     bool new_group = tokens.flags & ItemTokens::new_group;
@@ -85,9 +73,7 @@ class Stream {
   __device__ void attend_chunk(bool new_group, int begin, std::uint8_t* bytes) {
     const layout::PackedKvPage<S::page, std::uint8_t> page(a_.record, bytes);
     if (begin > 0) clear_values<S>(page, groups_, begin, arch::lane_id());
-    const int exponent = scale_exponent<S>(page, groups_, lane_);
     ScoreTensor<S, kChunkBlocks> tSrS;
-    cute::clear(tSrS);
     if constexpr (S::page.k_axis == KAxis::channel) {
       score_channel_axis<S>(page, groups_, query_, new_group, lane_, tSrS, scale_);
     } else {
@@ -100,27 +86,19 @@ class Stream {
       scale.set_identity();
     }
     if (begin > 0) mask_scores<S, kChunkBlocks>(begin, kChunkTokens, arch::lane_id(), tSrS);
-    update_maximum<S, kChunkBlocks>(tSrS, scale, static_cast<float>(exponent), softmax_,
-                                    [&](int e, int n, float f) { output_.rescale(e, n, f); });
-    exponentiate<S, kChunkBlocks>(tSrS, scale, softmax_);
-    add_zeros<S>(page, groups_, tSrS, lane_, output_);
-    add_values<S>(page, groups_, tSrS, exponent, lane_, output_);
+    add_chunk<S>(page, groups_, scale, lane_, tSrS, softmax_, output_);
   }
 
   __device__ void attend_zone(int end, std::uint8_t* bytes) {
     const int lane = arch::lane_id();
-    output_.make_true();
     ScoreTensor<S, 1> tSrS;
-    cute::clear(tSrS);
-    score_zone<S>(bytes, query_, lane, tSrS);
+    score_zone<S>(bytes, query_.q, lane, tSrS);
     mask_scores<S, 1>(0, end, lane, tSrS);
     ScoreScale<S, 1> scale;
     scale.set_identity();
     scale.factor[0] = query_.scale;
-    update_maximum<S, 1>(tSrS, scale, 0.f, softmax_,
-                         [&](int e, int n, float f) { output_.rescale(e, n, f); });
-    exponentiate<S, 1>(tSrS, scale, softmax_);
-    add_zone<S>(bytes + kZoneTokens * zone_row_bytes(S::head_dim), tSrS, end, lane, output_);
+    add_zone<S>(bytes + kZoneTokens * zone_row_bytes(S::head_dim), scale, end, lane, tSrS, softmax_,
+                output_);
   }
 
   const DecodeArguments& a_;

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// An item's weights, and products of V's codes and their bytes. Weights are relative to the item's
+// own largest score, p = 2^(s - top), so that 16 bits of fixed point are enough: a token below 2^-17
+// of its chunk's heaviest counts as none. Sums are integers of one chunk; O takes them up in fp32, by
+// a factor that knows the fields' position, the fixed point and the chunk's weight 2^(top - m).
+#pragma once
+
+#include "bitdecoding/decode/bytes/fragments.cuh"
+#include "bitdecoding/decode/values.cuh"
+
+namespace bitdecoding::decode {
+
+// Scores become p; m rises to `top` where that is larger. Returns the item's weight 2^(top - m).
+template <Bytes S, int Blocks, class Scale, class Groups>
+__device__ float weigh(ScoreTensor<S, Blocks>& tSrS, const Scale& scale, Softmax<S>& softmax,
+                       Output<S, Groups>& output) {
+  float top = fmaxf(largest_score<S, Blocks>(tSrS, scale, 0), kMaximumFloor);
+  for (int distance = 4; distance < 32; distance *= 2) {
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, distance));
+  }
+  if (__any_sync(0xffffffffu, top > softmax.maximum(0))) {
+    const float raised = fmaxf(softmax.maximum(0), top);
+    const float factor = arch::exp2(softmax.maximum(0) - raised);
+    softmax.maximum(0) = raised;
+    softmax.sum(0) *= factor;
+    output.rescale(0, factor);
+  }
+  const float weight = arch::exp2(top - softmax.maximum(0));
+  softmax.sum(0) += weight * exponentiate<S, Blocks>(tSrS, scale, 0, -top);
+  return weight;
+}
+
+// P' = p * scale of a channel group as B operand, in units of 2^(exponent - 16).
+template <Bytes S>
+__device__ void make_weights(const RowValues& scales, const ScoreTensor<S, kChunkBlocks>& tSrP,
+                             int exponent, WeightBytes& tOrP) {
+  const float one = power_of_two(exponent + 7);  // a sum with it has P' in its lowest 16 bits
+#pragma unroll
+  for (int block = 0; block < kChunkBlocks; ++block) {
+    const auto fixed = [&](int row) {
+      return __float_as_uint(__fmaf_rn(tSrP(row, 0, block), scales(2 * block + row), one));
+    };
+    // Upper bytes of the tokens g and g + 8, then lower bytes: MMA columns 2t and 2t + 1.
+    const std::uint32_t bytes = __byte_perm(fixed(0), fixed(1), 0x4051);
+    tOrP(block % 2, block / 2) = arch::transpose_8x8(bytes);
+  }
+}
+
+// O^T (a part of the channels) += factor * codes times P'.
+template <Bytes S, class Page, class Groups>
+__device__ void add_part(const Page& page, int part, const WeightBytes& tOrP, float factor,
+                         int lane, Output<S, Groups>& output) {
+  constexpr int kUnitWords = S::V::v_unit_words, kWords = S::V::v_part_words;
+  constexpr float kOdd = 1.f / kOddField<S::page.v_bits>;
+  const auto units = page.v_units(0);
+  std::uint32_t words[kChunkBlocks * kWords];
+#pragma unroll
+  for (int unit = 0; unit < S::V::v_units; ++unit) {
+    const auto piece = units(lane, unit, part);
+#pragma unroll
+    for (int i = 0; i < kUnitWords; ++i) words[unit * kUnitWords + i] = piece.word[i];
+  }
+#pragma unroll
+  for (int i = 0; i < S::v_part_tiles; ++i) {
+    const int word = i / S::V::tiles_per_word, tile = i % S::V::tiles_per_word;
+    ByteSums sums;
+    cute::clear(sums);
+#pragma unroll
+    for (int pair = 0; pair < kChunkBlocks / 2; ++pair) {
+      const int first = 2 * pair * kWords + word;
+      mma_unsigned(sums, v_bytes<S::page.v_bits>(words[first], words[first + kWords], tile),
+                   tOrP(_, pair));
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const auto sum =
+          static_cast<float>(static_cast<int>(sums(2 * row) * 256 + sums(2 * row + 1)));
+      output.tOrO(row, 0, part * S::v_part_tiles + i) += sum * (factor * (row == 0 ? 1.f : kOdd));
+    }
+  }
+}
+
+// O^T += V^T P^T of a chunk: scores become weights, and weigh in.
+template <Bytes S, class Groups, class Scale, class Page>
+__device__ void add_chunk(const Page& page, const Groups& groups, const Scale& scale, int lane,
+                          ScoreTensor<S, kChunkBlocks>& tSrS, Softmax<S>& softmax,
+                          Output<S, Groups>& output) {
+  constexpr int kPartChannels = S::head_dim / S::V::v_parts;
+  const float weight = weigh<S, kChunkBlocks>(tSrS, scale, softmax, output);
+  WeightBytes tOrP;
+  float factor;
+#pragma unroll
+  for (int part = 0; part < S::V::v_parts; ++part) {
+    if (begins_group(part * kPartChannels, groups.v_group())) {
+      const auto vectors = page.v_token_vectors(group_of(part * kPartChannels, groups.v_group()));
+      const RowValues scales{vectors(lane / 4, 0)}, zeros{vectors(lane / 4, 1)};
+      const int exponent = exponent_of(largest_value(scales));
+      output.zero_sum_of(part)(0) += weight * sum_of_zeros<S>(zeros, tSrS, 0);
+      make_weights<S>(scales, tSrS, exponent, tOrP);
+      factor = weight * power_of_two(exponent - 16);
+    }
+    add_part<S>(page, part, tOrP, factor, lane, output);
+  }
+}
+
+// 16 fp16 tokens of a zone, those from `end` on hold anything and count for nothing.
+template <Bytes S, class Groups>
+__device__ void add_zone(const std::uint8_t* rows, const ScoreScale<S, 1>& scale, int end, int lane,
+                         ScoreTensor<S, 1>& tSrS, Softmax<S>& softmax, Output<S, Groups>& output) {
+  constexpr float kUp = 0x1p15f;  // of weights: small ones keep their bits in fp16
+  const float weight = weigh<S, 1>(tSrS, scale, softmax, output) / kUp;
+  auto tOrP = cute::make_tensor<std::uint32_t>(cute::Shape<_2>{});
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const __half2 pair = __floats2half2_rn(tSrS(row, 0, 0) * kUp, 0.f);
+    tOrP(row) = arch::transpose_8x8(as_bits(pair));
+  }
+  FragmentA tOrV[S::tiles];
+  load_zone_values<S>(rows, end, lane, tOrV);
+#pragma unroll
+  for (int k = 0; k < S::tiles; ++k) {
+    auto sums = cute::make_tensor<float>(cute::Shape<_4>{});
+    cute::clear(sums);
+    mma(sums, tOrV[k], tOrP);
+    output.tOrO(0, 0, k) += sums(0) * weight;
+    output.tOrO(1, 0, k) += sums(2) * weight;
+  }
+}
+
+}  // namespace bitdecoding::decode
