@@ -15,11 +15,12 @@ using layout::kBlockTokens;
 using layout::kChunkBlocks;
 using layout::kLanes;
 using layout::kMaxHeadDim;
+using layout::kSpanChannels;
 
 template <int Bits>
 constexpr int kFields = 8 / Bits;  // codes of a byte, 8 channels apart
 template <int Bits>
-constexpr int kWordChannels = 8 * kFields<Bits>;  // of the words of one index, over all lanes
+constexpr int kWordChannels = 8 * kFields<Bits>;  // of V's words of one index, over all lanes
 
 // Four rows and two vectors make eight sums, as many as two multiply-adds per cycle of latency four
 // keep busy, in half of AVX2's registers. Fewer rows sum odd and even steps apart.
@@ -61,32 +62,44 @@ BITDECODING_INLINE void codes_of(const UInt8& words, int byte, int field, Float8
   codes = __builtin_convertvector((Int8)((words >> (8 * byte)) & mask), Float8);
 }
 
-// One 16-token block: two vectors of tokens, u = 0 and 1.
+// Half a span, 32 channels, of one 16-token block: two vectors of tokens, r = 0 and 1.
 template <int Bits, int HeadDim, int Rows>
-BITDECODING_INLINE void score_block(const UInt8* words, int first_word, int end_word,
-                                    const float* q, const float* bias, float* scores) {
-  Float8 sums[chains(Rows)][2][Rows] = {};
-  for (int r = 0; r < Rows; ++r) sums[0][0][r] = sums[0][1][r] = Float8{} + bias[r];
+BITDECODING_INLINE void score_half(const UInt8* words, int half, const float* q,
+                                   Float8 (&sums)[chains(Rows)][2][Rows]) {
+  using Shape = CodeShape<Bits, HeadDim>;
   for (int t = 0; t < 4; ++t) {
-    for (int word = first_word; word < end_word; ++word) {
-      const UInt8& packed = words[4 * word + t];
-      const float* q_word = q + t * (HeadDim / 4) + word * 2 * kFields<Bits>;
-      for (int h = 0; h < 2; ++h) {
-        for (int f = 0; f < kFields<Bits>; ++f) {
-          Float8 codes[2];
-          for (int u = 0; u < 2; ++u) codes_of<Bits>(packed, 2 * h + u, f, codes[u]);
-          for (int r = 0; r < Rows; ++r) {
-            const float scale = q_word[r * HeadDim + 2 * f + h];
-            for (int u = 0; u < 2; ++u) sums[h % chains(Rows)][u][r] += codes[u] * scale;
-          }
+    for (int tile = 0; tile < 2; ++tile) {
+      const int word = Shape::tiles_per_word == 2 ? 0 : 2 * tile;
+      const int field = half + (Shape::tiles_per_word == 2 ? 2 * tile : 0);
+      for (int byte = 0; byte < 4; ++byte) {
+        const int h = byte / 2, u = byte % 2;
+        Float8 codes[2];
+        for (int r = 0; r < 2; ++r)
+          codes_of<Bits>(words[4 * (word + r) + t], byte, field, codes[r]);
+        for (int row = 0; row < Rows; ++row) {
+          const float scale = q[row * HeadDim + t * (HeadDim / 4) + 4 * tile + 2 * u + h];
+          for (int r = 0; r < 2; ++r) sums[h % chains(Rows)][r][row] += codes[r] * scale;
         }
       }
     }
   }
-  for (int r = 0; r < Rows; ++r) {
-    for (int u = 0; u < 2; ++u) {
-      if (chains(Rows) == 2) sums[0][u][r] += sums[chains(Rows) - 1][u][r];
-      store(sums[0][u][r], scores + r * kSegmentTokens + 8 * u);
+}
+
+// One 16-token block.
+template <int Bits, int HeadDim, int Rows>
+BITDECODING_INLINE void score_block(const UInt8* words, int first_channel, int end_channel,
+                                    const float* q, const float* bias, float* scores) {
+  Float8 sums[chains(Rows)][2][Rows] = {};
+  for (int row = 0; row < Rows; ++row) sums[0][0][row] = sums[0][1][row] = Float8{} + bias[row];
+  for (int channel = first_channel; channel < end_channel; channel += kSpanChannels / 2) {
+    const int span = channel / kSpanChannels, half = channel % kSpanChannels / (kSpanChannels / 2);
+    score_half<Bits, HeadDim, Rows>(words + span * 4 * CodeShape<Bits, HeadDim>::k_span_words, half,
+                                    q + channel / 4, sums);
+  }
+  for (int row = 0; row < Rows; ++row) {
+    for (int r = 0; r < 2; ++r) {
+      if (chains(Rows) == 2) sums[0][r][row] += sums[chains(Rows) - 1][r][row];
+      store(sums[0][r][row], scores + row * kSegmentTokens + 8 * r);
     }
   }
 }
@@ -104,7 +117,7 @@ BITDECODING_INLINE void score_blocks(const KeyCodes& k, const float* q, const fl
     }
     float* to = scores + block * kBlockTokens;
     for_row_pieces(rows, [&]<int Rows>(int row) __attribute__((always_inline)) {
-      score_block<Bits, HeadDim, Rows>(words, k.first_word, k.first_word + k.words,
+      score_block<Bits, HeadDim, Rows>(words, k.first_channel, k.first_channel + k.channels,
                                        q + row * HeadDim, bias + row, to + row * kSegmentTokens);
     });
   }

@@ -3,7 +3,8 @@
 // neighbouring tokens (K) or channels (V): the g of a packed word's lane 4g + t, see
 // layout/code_layout.hpp. Words are transposed eight at a time so that g becomes the vector; then a
 // shift, a mask and a conversion give eight codes, and each row costs one multiply-add for them.
-// A code in field f of its byte arrives as code * 2^(f * bits); `field_weight` takes it back.
+// A code in field f of its byte arrives as code * 2^(f * bits); the weights of page_map.hpp take
+// that back.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +19,6 @@ inline constexpr int kMaxVGroups = 4;
 constexpr int lane_order(int channel, int head_dim) {
   return channel % 8 / 2 * (head_dim / 4) + channel / 8 * 2 + channel % 2;
 }
-constexpr float field_weight(int channel, int bits) {
-  return 1.f / static_cast<float>(1 << (channel / 8 % (8 / bits) * bits));
-}
 
 // Row-major arrays below have `rows` <= kRowTile rows of:
 //   q (D)   scores, p (kSegmentTokens)   out (D)
@@ -33,12 +31,13 @@ void fold_channel_group(const float* q, const float* weights, const std::uint16_
                         const std::uint16_t* zeros, int head_dim, int rows, float* scaled,
                         float* bias);
 
-// K codes of `blocks` 16-token blocks, of the channels in words [first_word, first_word + words).
+// K codes of `blocks` 16-token blocks, of channels [first_channel, first_channel + channels): whole
+// runs of 32, which lie in one field position (2 bits: two positions) of some words.
 struct KeyCodes {
   const std::uint8_t* codes;
   int bits, head_dim;
   int blocks;
-  int first_word, words;
+  int first_channel, channels;
 };
 // scores[token] = bias[row] + sum over channels of q * code * 2^(field bits); q in lane order.
 void score_codes(const KeyCodes& k, const float* q, const float* bias, int rows, float* scores);

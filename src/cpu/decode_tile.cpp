@@ -71,8 +71,7 @@ void DecodeTile::score_pages(const Segment& segment) {
 // `first`: no parameters of an earlier chunk's group are at hand.
 void DecodeTile::score_chunk(const std::uint8_t* page, int chunk, bool first, float* scores) {
   const KvFormat& f = c_.format;
-  const int all_words = f.head_dim * f.k_bits / kChunkTokens;
-  KeyCodes codes{page + map_.k_codes[chunk], f.k_bits, f.head_dim, 4, 0, all_words};
+  KeyCodes codes{page + map_.k_codes[chunk], f.k_bits, f.head_dim, 4, 0, f.head_dim};
   float factors[kChunkTokens];
   if (f.k_axis == KAxis::channel) {
     const int step = std::min(f.k_group, kChunkTokens);
@@ -90,12 +89,12 @@ void DecodeTile::score_chunk(const std::uint8_t* page, int chunk, bool first, fl
   } else {
     float zeros[kChunkTokens];
     for (int r = 0; r < rows_; ++r) std::fill_n(scores + r * kSegmentTokens, kChunkTokens, 0.f);
-    codes.words = all_words / f.k_groups();
+    codes.channels = f.k_group;
     for (int group = 0; group < f.k_groups(); ++group) {
       const PageMap::Parameters& at = map_.k_tokens[chunk][group];
       widen_token_plane(fp16_at(page, at.scales), factors);
       widen_token_plane(fp16_at(page, at.zeros), zeros);
-      codes.first_word = group * codes.words;
+      codes.first_channel = group * f.k_group;
       score_codes(codes, q_lane_, bias_, rows_, partial_);
       add_token_group(partial_, factors, zeros, q_sums_[group], rows_, scores);
     }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/encode.hpp"
 
+#include <bit>
+
 #include "cpu/instruction_sets.hpp"
 #include "cpu/token_tile.hpp"
 #include "cpu/vector8.hpp"
@@ -35,16 +37,26 @@ BITDECODING_INLINE void codes_of(const Float8& value, const Float8& zero, const 
   codes = (UInt8)(clamped + 12582912.f) & 0xffu;
 }
 
+// The first channel of field `field` of eight bytes.
+template <int Bits, CodeOrder Order>
+constexpr int first_channel(int eight, int field) {
+  constexpr int kFields = 8 / Bits;
+  if (Order == CodeOrder::v) return 8 * (kFields * eight + field);
+  constexpr int kSpanEights = 8 / kFields;
+  return 64 * (eight / kSpanEights) + 32 * (field % 2) + 16 * (field / 2) +
+         8 * (eight % kSpanEights);
+}
+
 // load_coder(channel, zero, inverse) for eight channels.
-template <int Bits, class LoadCoder>
-BITDECODING_INLINE void encode(const std::uint16_t* values, int count, const LoadCoder& load_coder,
-                               std::uint8_t* bytes) {
+template <int Bits, CodeOrder Order, class LoadCoder>
+BITDECODING_INLINE void encode(const std::uint16_t* values, int head_dim,
+                               const LoadCoder& load_coder, std::uint8_t* bytes) {
   using Byte8 = std::uint8_t __attribute__((vector_size(8)));
   constexpr int kFields = 8 / Bits;
-  for (int word = 0; word < count / (8 * kFields); ++word) {
+  for (int eight = 0; eight < head_dim / (8 * kFields); ++eight) {
     UInt8 packed{};
     for (int f = 0; f < kFields; ++f) {
-      const int channel = 8 * (kFields * word + f);
+      const int channel = first_channel<Bits, Order>(eight, f);
       Float8 value, zero, inverse;
       UInt8 codes;
       load_fp16(values + channel, value);
@@ -53,7 +65,7 @@ BITDECODING_INLINE void encode(const std::uint16_t* values, int count, const Loa
       packed |= codes << (f * Bits);
     }
     const Byte8 narrow = __builtin_convertvector(packed, Byte8);
-    store(narrow, bytes + 8 * word);
+    store(narrow, bytes + 8 * eight);
   }
 }
 
@@ -87,25 +99,32 @@ format::GroupRange token_range(const std::uint16_t* values, int count) {
 }
 
 BITDECODING_CLONES
-void encode_channels(const std::uint16_t* values, const ChannelCoders& coders, int count, int bits,
-                     std::uint8_t* bytes) {
+void encode_channels(const std::uint16_t* values, const ChannelCoders& coders, int head_dim,
+                     int bits, std::uint8_t* bytes) {
   const auto load_coder = [&](int c, Float8& zero, Float8& inverse) __attribute__((always_inline)) {
     load(coders.zero + c, zero);
     load(coders.inverse_scale + c, inverse);
   };
-  bits == 2 ? encode<2>(values, count, load_coder, bytes)
-            : encode<4>(values, count, load_coder, bytes);
+  bits == 2 ? encode<2, CodeOrder::k>(values, head_dim, load_coder, bytes)
+            : encode<4, CodeOrder::k>(values, head_dim, load_coder, bytes);
 }
 
 BITDECODING_CLONES
-void encode_group(const std::uint16_t* values, const format::GroupCoder& coder, int count, int bits,
-                  std::uint8_t* bytes) {
-  const auto load_coder = [&](int, Float8& zero, Float8& inverse) __attribute__((always_inline)) {
+void encode_groups(const std::uint16_t* values, const format::GroupCoder* coders, int group,
+                   int head_dim, int bits, CodeOrder order, std::uint8_t* bytes) {
+  const int group_log2 = std::countr_zero(static_cast<unsigned>(group));
+  const auto load_coder = [&](int c, Float8& zero, Float8& inverse) __attribute__((always_inline)) {
+    const format::GroupCoder& coder = coders[c >> group_log2];
     zero = Float8{} + coder.zero;
     inverse = Float8{} + coder.inverse_scale;
   };
-  bits == 2 ? encode<2>(values, count, load_coder, bytes)
-            : encode<4>(values, count, load_coder, bytes);
+  if (order == CodeOrder::k) {
+    bits == 2 ? encode<2, CodeOrder::k>(values, head_dim, load_coder, bytes)
+              : encode<4, CodeOrder::k>(values, head_dim, load_coder, bytes);
+  } else {
+    bits == 2 ? encode<2, CodeOrder::v>(values, head_dim, load_coder, bytes)
+              : encode<4, CodeOrder::v>(values, head_dim, load_coder, bytes);
+  }
 }
 
 }  // namespace bitdecoding::cpu

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Values of a token tile to codes: the arithmetic of format/quantizer.hpp, operation by operation,
 // on eight values at a time. The tests hold every byte to it.
-// Codes of one token become bytes in word order: byte 8 * word + x holds, at bit f * bits, the code
-// of channel 8 * F * word + 8 * f + x  (F = 8 / bits fields). K and V words both gather such bytes.
+// Codes of one token become bytes in the order of K's or of V's words, which gather such bytes.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +10,11 @@
 #include "cpu/token_tile.hpp"
 
 namespace bitdecoding::cpu {
+
+// Byte 8 * i + x of a token holds, at bit f * bits, the code of channel      (F = 8 / bits fields)
+//   k   64 * (i / O) + 32 * (f % 2) + 16 * (f / 2) + 8 * (i % O) + x         (O = 8 / F)
+//   v   8 * F * i + 8 * f + x
+enum class CodeOrder { k, v };
 
 // Range of each of `head_dim` channels over `tokens` rows.
 void channel_ranges(const std::uint16_t* rows, int tokens, int head_dim,
@@ -30,12 +34,12 @@ struct ChannelCoders {
   }
 };
 
-// `count` channels of one token, a coder for each.
-void encode_channels(const std::uint16_t* values, const ChannelCoders& coders, int count, int bits,
-                     std::uint8_t* bytes);
+// One token of K, a coder for each channel.
+void encode_channels(const std::uint16_t* values, const ChannelCoders& coders, int head_dim,
+                     int bits, std::uint8_t* bytes);
 
-// `count` channels of one token that share a coder.
-void encode_group(const std::uint16_t* values, const format::GroupCoder& coder, int count, int bits,
-                  std::uint8_t* bytes);
+// One token, a coder for each `group` channels.
+void encode_groups(const std::uint16_t* values, const format::GroupCoder* coders, int group,
+                   int head_dim, int bits, CodeOrder order, std::uint8_t* bytes);
 
 }  // namespace bitdecoding::cpu

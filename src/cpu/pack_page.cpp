@@ -16,7 +16,9 @@ using format::GroupCoder;
 using format::GroupParameters;
 using format::GroupRange;
 
-// Codes of one tensor of a page, rows of head_dim * bits / 8 bytes in word order (see encode.hpp).
+constexpr int kMinChannelGroup = 32;
+
+// Codes of one tensor of a page, rows of head_dim * bits / 8 bytes in a CodeOrder.
 using CodeBytes = std::uint8_t[kMaxPageTokens * kMaxHeadDim / 2];
 
 template <class Scales, class Zeros>
@@ -48,15 +50,16 @@ void code_by_channel(const TokenTile& tile, int tokens, int group, int free_toke
 }
 
 // Groups of `group` channels of one token.
-template <int Bits, int HeadDim, class Scales, class Zeros>
+template <int Bits, int HeadDim, CodeOrder Order, class Scales, class Zeros>
 void code_by_token(const TokenTile& tile, int tokens, int group, const Scales& scales,
                    const Zeros& zeros, std::uint8_t* bytes) {
+  GroupCoder coders[HeadDim / kMinChannelGroup];
   for (int n = 0; n < tokens; ++n) {
+    const std::uint16_t* values = tile.values + n * HeadDim;
     for (int c = 0; c < HeadDim; c += group) {
-      const std::uint16_t* values = tile.values + n * HeadDim + c;
-      const GroupCoder coder = store_group(scales, zeros, n, c, token_range(values, group), Bits);
-      encode_group(values, coder, group, Bits, bytes + (n * HeadDim + c) * Bits / 8);
+      coders[c / group] = store_group(scales, zeros, n, c, token_range(values + c, group), Bits);
     }
+    encode_groups(values, coders, group, HeadDim, Bits, Order, bytes + n * (HeadDim * Bits / 8));
   }
 }
 
@@ -76,11 +79,11 @@ void store_k_units(const Page& page, const std::uint8_t* bytes) {
       for (int lane = 0; lane < layout::kLanes; ++lane) {
         const int g = lane / 4, t = lane % 4;
         const int token = chunk * kChunkTokens + block * layout::kBlockTokens + g;
-        const std::uint8_t* u0 = bytes + token * kRow + 2 * t;
-        const std::uint8_t* u1 = u0 + 8 * kRow;
         for (int word = 0; word < K::block_words; ++word) {
+          const int r = word % 2;
+          const std::uint8_t* at = bytes + (token + 8 * r) * kRow + word / 2 * 16 + 2 * t;
           units(lane, word / K::k_unit_words, block).word[word % K::k_unit_words] =
-              word_of(u0[8 * word], u1[8 * word], u0[8 * word + 1], u1[8 * word + 1]);
+              word_of(at[0], at[8], at[1], at[9]);
         }
       }
     }
@@ -131,12 +134,12 @@ void pack(const KvFormat& f, int free_tokens, TokenTile& k, const TokenTile& v,
     code_by_channel<Config.k_bits, Config.head_dim>(k, f.page_tokens, f.k_group, free_tokens,
                                                     page.k_scales(), page.k_zeros(), codes);
   } else {
-    code_by_token<Config.k_bits, Config.head_dim>(k, f.page_tokens, f.k_group, page.k_scales(),
-                                                  page.k_zeros(), codes);
+    code_by_token<Config.k_bits, Config.head_dim, CodeOrder::k>(
+        k, f.page_tokens, f.k_group, page.k_scales(), page.k_zeros(), codes);
   }
   store_k_units(page, codes);
-  code_by_token<Config.v_bits, Config.head_dim>(v, f.page_tokens, f.v_group, page.v_scales(),
-                                                page.v_zeros(), codes);
+  code_by_token<Config.v_bits, Config.head_dim, CodeOrder::v>(
+      v, f.page_tokens, f.v_group, page.v_scales(), page.v_zeros(), codes);
   store_v_units(page, codes);
 }
 

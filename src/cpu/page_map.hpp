@@ -36,6 +36,12 @@ struct PageMap {
   float v_weights[kMaxHeadDim];  // channel order
 };
 
+// Undoes the place of code `code` in its byte.
+template <int Bits>
+constexpr float field_weight(int code) {
+  return 1.f / static_cast<float>(1 << code * Bits % 8);
+}
+
 template <layout::PageConfig Config>
 PageMap map_page(const KvFormat& f, const std::uint8_t* bytes) {
   const layout::PackedKvPage<Config, const std::uint8_t> page(layout::PageRecord(f), bytes);
@@ -46,6 +52,12 @@ PageMap map_page(const KvFormat& f, const std::uint8_t* bytes) {
     return PageMap::Parameters{offset(scales(token, channel)), offset(zeros(token, channel))};
   };
   PageMap map{};
+  for (int c = 0; c < Config.head_dim; ++c) {
+    map.k_weights[lane_order(c, Config.head_dim)] =
+        field_weight<Config.k_bits>(layout::k_code_layout<Config.k_bits, Config.head_dim>()(0, c));
+    map.v_weights[c] =
+        field_weight<Config.v_bits>(layout::v_code_layout<Config.v_bits, Config.head_dim>()(0, c));
+  }
   for (int chunk = 0; chunk < f.chunks(); ++chunk) {
     const int token = chunk * kChunkTokens;
     map.k_codes[chunk] = offset(page.k_units(chunk)(0, 0, 0));
@@ -76,10 +88,6 @@ inline PageMap map_page(const KvFormat& format, const std::uint8_t* bytes) {
   PageMap map{};
   with_page_config(format,
                    [&]<layout::PageConfig Config>() { map = map_page<Config>(format, bytes); });
-  for (int channel = 0; channel < format.head_dim; ++channel) {
-    map.k_weights[lane_order(channel, format.head_dim)] = field_weight(channel, format.k_bits);
-    map.v_weights[channel] = field_weight(channel, format.v_bits);
-  }
   return map;
 }
 

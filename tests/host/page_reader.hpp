@@ -41,11 +41,12 @@ struct PageReader {
 
   // ---- codes ----
   CodePlace k_place(int token, int channel) const {
-    const int fields = 8 / f.k_bits, words = f.head_dim / (8 * fields),
-              unit = words < 4 ? words : 4;
-    const int block = token % 64 / 16, u = token % 16 / 8, g = token % 8;
-    const int word = channel / (8 * fields), field = channel / 8 % fields;
-    const int t = channel % 8 / 2, h = channel % 2, lane = 4 * g + t;
+    const int block = token % 64 / 16, r = token % 16 / 8, g = token % 8;
+    const int span = channel / 64, p = channel % 64 / 32, q = channel % 32 / 16;
+    const int u = channel % 16 / 8, t = channel % 8 / 2, h = channel % 2, lane = 4 * g + t;
+    const int word = f.k_bits == 2 ? 2 * span + r : 4 * span + 2 * q + r;  // in block and lane
+    const int field = f.k_bits == 2 ? p + 2 * q : p;
+    const int words = f.head_dim * f.k_bits / 64, unit = words < 4 ? words : 4;
     const int position = ((block * (words / unit) + word / unit) * 32 + lane) * unit + word % unit;
     return {k_codes(token / 64) + 4 * position + 2 * h + u, field * f.k_bits};
   }

@@ -91,11 +91,12 @@ def page_bytes(f: KvFormat) -> int:
 def k_code_bits(bits: int, head_dim: int) -> Ints:
     """(token 64, channel) -> bit of a chunk's K codes."""
     n, c = np.indices((CHUNK, head_dim))
-    fields = 8 // bits
-    words = head_dim // (8 * fields)  # of one lane and block of 16 tokens
+    words = head_dim * bits // 64  # of one lane and block of 16 tokens
     unit_words = min(words, 4)
-    g, u = n % 8, n % 16 // 8
-    word, field, t, h = c // (8 * fields), c // 8 % fields, c % 8 // 2, c % 2
+    g, r = n % 8, n % 16 // 8
+    span, p, q = c // 64, c // 32 % 2, c // 16 % 2
+    u, t, h = c // 8 % 2, c % 8 // 2, c % 2
+    word, field = (2 * span + r, p + 2 * q) if bits == 2 else (4 * span + 2 * q + r, p)
     unit = n // 16 * (words // unit_words) + word // unit_words
     place = ((unit * 32 + 4 * g + t) * unit_words + word % unit_words) * 4 + 2 * h + u
     return place * 8 + field * bits

@@ -2,9 +2,12 @@
 // Where the code of (token, channel) lies in a chunk of 64 tokens: CuTe layouts induced from the
 // A operand of the tensor-core MMA, so that a lane's packed words are its MMA registers in order.
 //   lane = 4g + t     word: byte y = 2h + u, field f at bit f * bits of the byte
-//   K  token 16*block + g + 8u    channel 8F*word + 8f + 2t + h           (F = 8 / bits fields)
-//   V  token 16*block + 2t + h + 8u    channel 8F*word + 8f + g
-// Bits run along channels only: a byte holds codes of one token. tests: host/layout/code_layout
+//   K  token 16*block + g + 8r    channel 64s + 32p + 16q + 8u + 2t + h    (s: span of 64 channels)
+//      2 bits: word 2s + r, field p + 2q        4 bits: word 4s + 2q + r, field p
+//   V  token 16*block + 2t + h + 8u    channel 8F*word + 8f + g            (F = 8 / bits fields)
+// Bits run along channels only: a byte holds codes of one token, and so does a word of K. That
+// makes a masked word two fp16 subnormals of one register of m16k16, or four 8-bit codes of one
+// register of m16k32. tests: host/layout/code_layout
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -19,6 +22,7 @@ inline constexpr int kLanes = 32;
 inline constexpr int kWord_bits = 32;
 inline constexpr int kBlockTokens = 16;  // tokens of one MMA tile
 inline constexpr int kChunkBlocks = kChunkTokens / kBlockTokens;
+inline constexpr int kSpanChannels = 64;  // four MMA tiles, which K's words interleave
 
 // (T32,V8) -> (M16,K16): the operand all packed words are induced from. sm90's wgmma (A from
 // registers) gives each warp of a warpgroup the same order; the test of this file proves it.
@@ -32,9 +36,14 @@ struct CodeShape {
   // Words of one lane in one 16-token block.
   static constexpr int block_words = HeadDim / 16 / tiles_per_word;
 
+  // K: words of one span; the two rows of the same codes (r = 0, 1) are neighbours.
+  static constexpr int k_spans = HeadDim / kSpanChannels;
+  static constexpr int k_span_words = block_words / k_spans;
+
   // A unit is what a lane reads at once. K: 16 bytes, or 8 where a block has no more.
   static constexpr int k_unit_words = block_words < 4 ? block_words : 4;
   static constexpr int k_units = block_words / k_unit_words;  // per lane and block
+  static constexpr int k_unit_spans = k_unit_words / k_span_words;
   // V: 16 bytes, filled along the blocks of a chunk.
   static constexpr int v_unit_words = 4;
   // Channels split in four parts, one for each warp of a warpgroup; in two where a word already
@@ -67,13 +76,18 @@ constexpr auto k_code_layout() {
   using namespace cute;
   using S = CodeShape<Bits, HeadDim>;
   constexpr int unit_codes = S::k_unit_words * S::codes_per_word;
-  // K is row major in the MMA's A: m = token, k = channel.
-  const auto tile = detail::operand_tile<unit_codes, 16 / Bits, 8 / Bits, 1>();
+  // K is row major in the MMA's A: m = token, k = channel. Rows m + 8 are the next word.
+  const auto tile = detail::operand_tile<unit_codes, 16 / Bits, S::codes_per_word, 8 / Bits>();
   const auto blocks = Layout<Int<kChunkBlocks>, Int<kLanes * S::k_units * unit_codes>>{};
-  const auto tiles = Layout<Shape<Int<S::tiles_per_word>, Int<S::k_unit_words>, Int<S::k_units>>,
-                            Stride<_2, Int<S::codes_per_word>, Int<kLanes * unit_codes>>>{};
-  return make_layout(make_layout(get<0>(tile), blocks),  // token    (16, block)
-                     make_layout(get<1>(tile), tiles));  // channel  (16, (tile, word, unit))
+  // Tile 2p + q of a span: p is the next field; q is two fields on or, where a byte has no more,
+  // two words on.
+  constexpr int q = Bits == 2 ? 2 : 2 * S::codes_per_word;
+  const auto tiles = Layout<Shape<_2, _2>, Stride<Int<q>, _1>>{};
+  const auto spans =
+      Layout<Shape<Int<S::k_unit_spans>, Int<S::k_units>>,
+             Stride<Int<S::k_span_words * S::codes_per_word>, Int<kLanes * unit_codes>>>{};
+  return make_layout(make_layout(get<0>(tile), blocks),         // token    (16, block)
+                     make_layout(get<1>(tile), tiles, spans));  // channel  (16, (q, p), span)
 }
 
 // (token 64, channel HeadDim) -> code, counted from the start of the chunk's V codes.
