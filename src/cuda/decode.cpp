@@ -12,8 +12,8 @@ namespace {
 using decode::Arch;
 using decode::DecodePlan;
 
-// The row of that name; without a name the one for a device of `arch`, as wide as the queries where
-// the table has it.
+// The row of that name; without a name the narrowest for a device of `arch` that holds all columns,
+// or the widest.
 const DecodeRow* find_row(const layout::PageConfig& page, int columns, const char* kernel,
                           Arch arch) {
   const DecodeRow* found = nullptr;
@@ -22,7 +22,8 @@ const DecodeRow* find_row(const layout::PageConfig& page, int columns, const cha
       if (!(row.config.page == page)) continue;
       if (kernel != nullptr) {
         if (std::strcmp(row.name, kernel) == 0) return &row;
-      } else if (row.config.arch == arch && (found == nullptr || columns > 8)) {
+      } else if (row.config.arch == arch &&
+                 (found == nullptr || found->config.query_columns < columns)) {
         found = &row;  // rows of one page format come in order of their columns
       }
     }

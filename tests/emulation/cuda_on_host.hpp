@@ -96,6 +96,15 @@ constexpr int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bi
 constexpr int __ffs(int bits) {
   return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1;
 }
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  const auto fused = [](__half x, __half y, __half z) {
+    return __double2half(double{__half2float(x)} * __half2float(y) + __half2float(z));
+  };
+  return __halves2half2(fused(__low2half(a), __low2half(b), __low2half(c)),
+                        fused(__high2half(a), __high2half(b), __high2half(c)));
+}
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+constexpr unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 constexpr int __float_as_int(float value) { return std::bit_cast<int>(value); }
 constexpr float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 constexpr float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
@@ -129,6 +138,22 @@ struct SM80_16x8x16_F32F16F16F32_TN {
     d3 = mine.c[3];
   }
 };
+
+template <class Element>
+struct MultiplyBytes {
+  using Word = std::uint32_t;
+  static void fma(Word& d0, Word& d1, Word& d2, Word& d3, Word a0, Word a1, Word a2, Word a3,
+                  Word b0, Word b1, Word c0, Word c1, Word c2, Word c3) {
+    emulation::ByteMmaTurn mine{{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
+    emulation::machine()->meet("mma of bytes", mine, emulation::multiply_bytes<Element>);
+    d0 = mine.c[0];
+    d1 = mine.c[1];
+    d2 = mine.c[2];
+    d3 = mine.c[3];
+  }
+};
+using SM80_16x8x32_S32U8S8S32_TN = MultiplyBytes<std::int8_t>;
+using SM80_16x8x32_S32U8U8S32_TN = MultiplyBytes<std::uint8_t>;
 
 template <bool Transposed>
 struct LoadMatrices {

@@ -111,7 +111,7 @@ inline void draw_launch(const decode::DecodeConfig& config, Batch batch, Draw& d
     c.in_steps = false;  // sums that are rounded
     c.ctas = draw.between(12, 16);
     c.late_ctas = c.ctas;
-    c.warps = draw.between(3, config.query_columns == 8 ? 12 : 8);
+    c.warps = draw.between(3, config.query_columns <= 8 ? 12 : 8);
     c.group = draw.between(c.warps / 2 + 1, c.warps);
   } else if (draw.one_in(2)) {  // only warps that get many units take pages
     c.packed_chunks = c.format.chunks();
@@ -119,7 +119,7 @@ inline void draw_launch(const decode::DecodeConfig& config, Batch batch, Draw& d
     c.warps = draw.between(1, 4);
   } else {
     c.ctas = draw.between(1, 6);
-    c.warps = draw.one_in(2) ? 4 : draw.between(1, config.query_columns == 8 ? 12 : 8);
+    c.warps = draw.one_in(2) ? 4 : draw.between(1, config.query_columns <= 8 ? 12 : 8);
   }
 }
 

@@ -43,34 +43,43 @@ std::vector<double> largest_keys(const PagedKvCache& cache, int sequence, int kv
   return largest;
 }
 
-// How far scores may be off. Where K has scales per channel the kernel rounds Q' = q * scale to
-// fp16, by 2^-11 of every product with a code at most; where scales are powers of two, by nothing.
-std::vector<double> score_errors(const DecodeInputs& inputs, const DecodeCase& c) {
+// How far scores may be off.
+// Where K has scales per channel the kernel rounds Q' = q * scale to fp16, by 2^-11 of every product
+// with a code at most; where scales are powers of two, by nothing. Bytes are fixed point besides: of
+// q or Q' they lose 2^-15 of the largest at most, times every code.
+std::vector<double> score_errors(const DecodeInputs& inputs, const DecodeCase& c,
+                                 decode::Product product) {
   const DecodeProblem& p = inputs.problem;
+  const bool per_channel = c.format.k_axis == KAxis::channel;
+  const bool rounds = per_channel && (!c.in_steps || c.format.token_norm);
   std::vector<double> errors(inputs.rows());
-  const bool rounds = c.format.k_axis == KAxis::channel && (!c.in_steps || c.format.token_norm);
-  for (int b = 0; rounds && b < p.cache.batch; ++b) {
+  for (int b = 0; b < p.cache.batch; ++b) {
     for (int head = 0; head < p.query_heads; ++head) {
       const std::vector<double> keys = largest_keys(p.cache, b, head / c.group);
+      const double largest_key = *std::max_element(keys.begin(), keys.end());
       for (int token = 0; token < p.query_tokens; ++token) {
-        double sum = 0.;
+        double sum = 0., largest = 0.;
         for (int i = 0; i < c.format.head_dim; ++i) {
-          sum += std::abs(inputs.query(b, token, head, i)) * keys[i];
+          const double q = std::abs(inputs.query(b, token, head, i));
+          sum += q * keys[i];
+          largest = std::max(largest, q * (per_channel ? keys[i] : largest_key));
         }
+        double error = rounds ? 0x1p-11 * sum : 0.;
+        if (product == decode::Product::bytes) error += 0x1p-15 * c.format.head_dim * largest;
         errors[(b * p.query_tokens + token) * p.query_heads + head] =
-            0x1p-11 * sum * std::abs(p.softmax_scale);
+            error * std::abs(p.softmax_scale);
       }
     }
   }
   return errors;
 }
 
-Expected on_cpu(const DecodeInputs& inputs, const DecodeCase& c) {
+Expected on_cpu(const DecodeInputs& inputs, const DecodeCase& c, decode::Product product) {
   std::vector<float> wide(inputs.q.size());
   std::transform(inputs.q.begin(), inputs.q.end(), wide.begin(),
                  [&](std::uint16_t bits) { return widen(bits, c.type); });
   Expected expected{std::vector<float>(inputs.rows() * c.format.head_dim),
-                    std::vector<float>(inputs.rows()), score_errors(inputs, c)};
+                    std::vector<float>(inputs.rows()), score_errors(inputs, c, product)};
   DecodeProblem p = inputs.problem;
   p.type = ElementType::f32;
   p.q = wide.data();
@@ -93,7 +102,7 @@ decode::DecodePlan plan(const DecodeCase& c) {
   plan.packed_chunks = c.packed_chunks;
   const int packed_bytes = layout::PageRecord(c.format).chunk(c.packed_chunks);
   plan.stage_bytes =
-      layout::round_up(std::max(packed_bytes, decode::zone_tile_bytes(c.format.head_dim)), 128);
+      layout::round_up(std::max(packed_bytes, decode::kLeastStageBytes<Row::config>), 128);
   plan.smem_bytes =
       static_cast<int>(c.warps * (c.stages * plan.stage_bytes + sizeof(decode::WarpStorage)) +
                        sizeof(decode::CtaStorage));
@@ -165,8 +174,9 @@ Result on_machine(const DecodeInputs& inputs, const DecodeCase& c, Draw& draw) {
 // ---- the comparison ----
 // Weights that are off by factors between e^-2d and e^2d, d the scores' error, move an output by
 // (e^2d - 1) |v - out| at most, and values are apart by twice the largest magnitude at most. Before
-// codes are summed, weights are rounded to fp16 once or twice, by 2^-11 of that; at last the output
-// is rounded, below fp16's normal numbers by half of 2^-24.
+// codes are summed, weights are rounded to fp16 once or twice, by 2^-11 of that; or to bytes, each of
+// a chunk's 64 by 2^-16 of the heaviest. At last the output is rounded, below fp16's normal numbers
+// by half of 2^-24.
 double output_bound(double score_error, double largest_value, ElementType type) {
   const double range = 2. * largest_value, rounding = type == ElementType::f16 ? 0x1p-11 : 0x1p-8;
   return (std::expm1(2. * score_error) + 0x1p-10) * range + rounding * largest_value + 0x1p-25;
@@ -231,7 +241,7 @@ void check(Batch batch, int number) {
   const DecodeCase c = draw_case(config, batch, draw);
   INFO("EMULATION_SEED=", chosen_seed(), ", case ", number, ": ", text(c));
   DecodeInputs inputs(c, draw);
-  const Expected expected = on_cpu(inputs, c);
+  const Expected expected = on_cpu(inputs, c, config.product());
   poison_masked(inputs.box, draw);
   const std::set<int> faulty = add_faults(inputs.box, c.faults, draw);
   const Result result = on_machine<Row>(inputs, c, draw);
@@ -281,6 +291,19 @@ TEST_CASE("sm90, 4/2 bits per token, head_dim 128, 16 columns") {
 }
 TEST_CASE("sm90, 2/4 bits per channel, head_dim 64, 8 columns") {
   check_batches<Row<kSm90, 2, 4, kChannel, 64, 8>>();
+}
+
+TEST_CASE("sm90, 2/2 bits per channel, head_dim 128, 4 columns") {
+  check_batches<Row<kSm90, 2, 2, kChannel, 128, 4>>();
+}
+TEST_CASE("sm90, 4/4 bits per token, head_dim 64, 4 columns") {
+  check_batches<Row<kSm90, 4, 4, kToken, 64, 4>>();
+}
+TEST_CASE("sm80, 4/2 bits per channel, head_dim 64, 4 columns") {
+  check_batches<Row<kSm80, 4, 2, kChannel, 64, 4>>();
+}
+TEST_CASE("sm80, 2/4 bits per token, head_dim 128, 4 columns") {
+  check_batches<Row<kSm80, 2, 4, kToken, 128, 4>>();
 }
 
 TEST_CASE("more than 1024 sequences") {

@@ -140,4 +140,37 @@ inline void multiply_matrices(const Lanes<MmaTurn>& lanes) {
   }
 }
 
+// One lane's part of D (16x8) = A (16x32) B (32x8) + C: codes are unsigned bytes, sums 32 bits.
+struct ByteMmaTurn {
+  std::array<std::uint32_t, 4> a;  // rows g + 8 * (i % 2), columns 4t .. 4t + 3, + 16 * (i / 2)
+  std::array<std::uint32_t, 2> b;  // rows 4t .. 4t + 3, + 16 * i, column g
+  std::array<std::uint32_t, 4> c;  // rows g + 8 * (i / 2), column 2t + i % 2; becomes D
+};
+
+// `Element`: of B, std::int8_t or std::uint8_t.
+template <class Element>
+void multiply_bytes(const Lanes<ByteMmaTurn>& lanes) {
+  static int a[16][32], b[32][8];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const ByteMmaTurn& mine = *lanes[lane];
+    const int g = lane / 4, t = lane % 4;
+    for (int byte = 0; byte < 4; ++byte) {
+      for (int i = 0; i < 4; ++i) {
+        a[g + 8 * (i % 2)][4 * t + byte + 16 * (i / 2)] = mine.a[i] >> 8 * byte & 0xff;
+      }
+      for (int i = 0; i < 2; ++i) {
+        b[4 * t + byte + 16 * i][g] = static_cast<Element>(mine.b[i] >> 8 * byte & 0xff);
+      }
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      int sum = 0;
+      for (int k = 0; k < 32; ++k) sum += a[row][k] * b[k][column];
+      ByteMmaTurn& to = *lanes[row % 8 * 4 + column / 2];
+      to.c[row / 8 * 2 + column % 2] += static_cast<std::uint32_t>(sum);
+    }
+  }
+}
+
 }  // namespace bitdecoding::emulation

@@ -278,4 +278,16 @@ TEST_CASE("sm80 copies, 2-bit") {
   check<Row<kSm80, 2, 2, kChannel, 128, 8>>({.k_bits = 2, .v_bits = 2});
 }
 
+TEST_CASE("sm90, 2-bit per channel, 4 columns") {
+  using R = Row<kSm90, 2, 2, kChannel, 128, 4>;
+  check<R>({.k_bits = 2, .v_bits = 2});
+  check<R>({.k_bits = 2, .v_bits = 2, .k_group = 32, .v_group = 32, .token_norm = true});
+}
+
+TEST_CASE("sm80 copies, 4-bit K per token, 4 columns") {
+  using R = Row<kSm80, 4, 2, kToken, 64, 4>;
+  check<R>({.v_bits = 2, .k_axis = kToken, .k_group = 64, .v_group = 64, .head_dim = 64});
+  check<R>({.v_bits = 2, .k_axis = kToken, .k_group = 32, .v_group = 32, .head_dim = 64});
+}
+
 }  // namespace bitdecoding::test

@@ -88,7 +88,7 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
   constexpr int kPartChannels = S::head_dim / S::V::v_parts;
   const float weight = weigh<S, kChunkBlocks>(tSrS, scale, softmax, output);
   WeightBytes tOrP;
-  float factor;
+  float factor = 0.f;
 #pragma unroll
   for (int part = 0; part < S::V::v_parts; ++part) {
     if (begins_group(part * kPartChannels, groups.v_group())) {
