@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // fp16 tile -> codes -> packed units. ldmatrix hands each lane the MMA's A fragment (V transposed
-// on the way), whose eight values are exactly the codes of one int4 word or of half an int2 word.
+// on the way), whose eight values go to two words of K, rows 8 apart, or to one word of V.
 //   in  sX (N,D) fp16, coders in shared memory    out  the units of the page, 16 or 8 bytes a lane
 #pragma once
 
@@ -55,28 +55,29 @@ __device__ Fragment load_v_fragment(const Tile& sX, int token, int channel, int 
   return f;
 }
 
-// Bit of fragment value (h, m8, k8) of a word's `tile`-th 16x16 tile, read off the code layout.
+// Bit of a unit that fragment value (h, m8, k8) of the unit's `tile`-th 16x16 tile gets, read off
+// the code layout at the chunk's first unit.
 template <int Bits, int HeadDim>
-constexpr int k_word_bit(int h, int m8, int k8, int tile) {
-  const int code = layout::k_code_layout<Bits, HeadDim>()(8 * m8, 16 * tile + 8 * k8 + h);
-  return code * Bits % layout::kWord_bits;
+constexpr int k_unit_bit(int h, int m8, int k8, int tile) {
+  return Bits * layout::k_code_layout<Bits, HeadDim>()(8 * m8, 16 * tile + 8 * k8 + h);
 }
+// V: the same of a word.
 template <int Bits, int HeadDim>
 constexpr int v_word_bit(int h, int m8, int k8, int tile) {
-  const int code = layout::v_code_layout<Bits, HeadDim>()(8 * k8 + h, 16 * tile + 8 * m8);
-  return code * Bits % layout::kWord_bits;
+  return Bits * layout::v_code_layout<Bits, HeadDim>()(8 * k8 + h, 16 * tile + 8 * m8);
 }
 
-// Codes of a fragment, each at bit(h, m8, k8); coder(h, m8, k8) is the value's group's.
-template <int Bits, class Coder, class Bit>
-__device__ std::uint32_t code_fragment(const Fragment& f, const Coder& coder, const Bit& bit) {
-  std::uint32_t word = 0;
+// Adds a fragment's codes to a unit, whose bits there are 0: each at bit(h, m8, k8), by the coder of
+// its group, coder(h, m8, k8). Sums take nvcc fewer registers than ors, 40 instead of 64.
+template <int Bits, class Coder, class Bit, class Unit>
+__device__ void add_codes(const Fragment& f, const Coder& coder, const Bit& bit, Unit& unit) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int h = i % 2, m8 = i / 2 % 2, k8 = i / 4;
-    word |= coder(h, m8, k8).code(f.value(h, m8, k8), Bits) << bit(h, m8, k8);
+    const std::uint32_t code = coder(h, m8, k8).code(f.value(h, m8, k8), Bits);
+    const int at = bit(h, m8, k8);
+    unit.word[at / layout::kWord_bits] += code << at % layout::kWord_bits;
   }
-  return word;
 }
 
 // Packs sK (N,D).
@@ -94,7 +95,7 @@ __device__ void pack_k_units(const Page& page, const Tile& sK, const CoderTable&
        item += Threads / layout::kLanes) {
     const int block = item / S::k_units, unit = item % S::k_units;
     const int token = block * layout::kBlockTokens;
-    typename Page::KUnit packed;
+    typename Page::KUnit packed{};
 #pragma unroll
     for (int tile = 0; tile < S::k_unit_words * S::tiles_per_word; ++tile) {
       const int channel = (unit * S::k_unit_words * S::tiles_per_word + tile) * 16;
@@ -106,11 +107,9 @@ __device__ void pack_k_units(const Page& page, const Tile& sK, const CoderTable&
         }
       };
       const auto bit = [&](int h, int m8, int k8) {
-        return k_word_bit<kBits, Config.head_dim>(h, m8, k8, tile % S::tiles_per_word);
+        return k_unit_bit<kBits, Config.head_dim>(h, m8, k8, tile);
       };
-      std::uint32_t& word = packed.word[tile / S::tiles_per_word];
-      if (tile % S::tiles_per_word == 0) word = 0;
-      word |= code_fragment<kBits>(load_k_fragment(sK, token, channel, lane), coder, bit);
+      add_codes<kBits>(load_k_fragment(sK, token, channel, lane), coder, bit, packed);
     }
     constexpr int kBlocks = layout::kChunkBlocks;
     page.k_units(block / kBlocks)(lane, unit, block % kBlocks) = packed;
@@ -132,7 +131,7 @@ __device__ void pack_v_units(const Page& page, const Tile& sV, const CoderTable&
        item += Threads / layout::kLanes) {
     const int chunk = item / kChunkUnits;
     const int part = item % kChunkUnits / S::v_units, unit = item % S::v_units;
-    typename Page::VUnit packed;
+    typename Page::VUnit packed{};
 #pragma unroll
     for (int tile = 0; tile < S::v_unit_words * S::tiles_per_word; ++tile) {
       const int word_index = unit * S::v_unit_words + tile / S::tiles_per_word;  // in the part
@@ -144,11 +143,10 @@ __device__ void pack_v_units(const Page& page, const Tile& sV, const CoderTable&
         return table.coder[channel >> group_log2][token + 8 * k8 + 2 * t + h];
       };
       const auto bit = [&](int h, int m8, int k8) {
-        return v_word_bit<kBits, Config.head_dim>(h, m8, k8, tile % S::tiles_per_word);
+        return tile / S::tiles_per_word * layout::kWord_bits +
+               v_word_bit<kBits, Config.head_dim>(h, m8, k8, tile % S::tiles_per_word);
       };
-      std::uint32_t& word = packed.word[tile / S::tiles_per_word];
-      if (tile % S::tiles_per_word == 0) word = 0;
-      word |= code_fragment<kBits>(load_v_fragment(sV, token, channel, lane), coder, bit);
+      add_codes<kBits>(load_v_fragment(sV, token, channel, lane), coder, bit, packed);
     }
     page.v_units(chunk)(lane, unit, part) = packed;
   }
