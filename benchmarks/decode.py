@@ -37,7 +37,6 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-import bitdecoding
 from bitdecoding import KvFormat, PagedKvCache
 
 Row = dict[str, Any]
@@ -117,7 +116,7 @@ def decode_rows(
     def make() -> Work:
         named = args.kernel
         if named is not None:
-            named = kernel_row(bitdecoding.build_info()["kernels"], named, fmt, case.group)
+            named = kernel_row(named, fmt, case.group)
         copies = caches(case, fmt, zones, copies_needed(moved, l2_bytes), args.device)
         q = queries(case, fmt.head_dim, args.device)
         out = torch.empty_like(q)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -13,6 +13,7 @@ import torch
 
 import bitdecoding
 from bitdecoding import KvFormat, PagedKvCache
+from bitdecoding.plan import decode_kernel
 
 HEAD_DIM = 128
 TEMPLATE_PAGES = 16  # pages that are packed; the pool repeats them
@@ -182,15 +183,20 @@ def _template(fmt: KvFormat, heads: int) -> torch.Tensor:
     return pool
 
 
-def kernel_row(kernels: Iterable[str], pattern: str, fmt: KvFormat, columns: int) -> str:
-    """The row of the kernel table that serves a call: of the rows that ``pattern`` matches, that of
-    the page format, for 8 query columns or, where there are more, the widest."""
+def kernel_row(pattern: str, fmt: KvFormat, columns: int) -> str:
+    """The one row of the kernel table for the format that ``pattern`` matches; of several, that
+    which the library would choose on a GPU of 9.0 or, where the pattern rules it out, of 8.0."""
     page = f"_k{fmt.k_bits}v{fmt.v_bits}_{fmt.k_axis[0]}_d{fmt.head_dim}_n"
+    kernels = bitdecoding.build_info()["kernels"]
     rows = [name for name in kernels if page in name and fnmatchcase(name, pattern)]
-    if not rows:
-        raise LookupError(f"no kernel '{pattern}' for {fmt} in this build")
-    rows.sort(key=lambda name: int(name.rpartition("_n")[2]))
-    return rows[0 if columns <= 8 else -1]
+    if len(rows) == 1:
+        return rows[0]
+    for capability in (90, 80):
+        with suppress(NotImplementedError):
+            chosen = decode_kernel(fmt, columns, compute_capability=capability)
+            if chosen in rows:
+                return chosen
+    raise LookupError(f"no kernel '{pattern}' for {fmt} and {columns} columns in this build")
 
 
 def copy_engine(kernel: str) -> str:

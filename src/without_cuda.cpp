@@ -23,6 +23,9 @@ Status pack_pages(const PackProblem&, const CudaExecution&) {
 Status append_tokens(const AppendProblem&, int*, const CudaExecution&) {
   return without_kernels("append_tokens");
 }
+Status choose_decode_kernel(const KvFormat&, int, int, const char**) {
+  return without_kernels("choose_decode_kernel");
+}
 Status plan_decode(const KvFormat&, int, const char*, const CudaExecution&, decode::DecodePlan*) {
   return without_kernels("plan_decode");
 }

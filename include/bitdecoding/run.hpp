@@ -39,8 +39,13 @@ Status pack_pages(const PackProblem& problem, const CudaExecution& execution);
 // `counters`: device int32 [batch], zero before the first call; every call leaves them zero.
 Status append_tokens(const AppendProblem& problem, int* counters, const CudaExecution& execution);
 
-// A plan for the device of `execution`; `columns` = query tokens * query heads per KV head. `kernel`
-// names a row of the kernel table, nullptr chooses one.
+// The row of the kernel table that plan_decode chooses on a device of that compute capability (90:
+// 9.0); needs no device. `columns` = query tokens * query heads per KV head.
+Status choose_decode_kernel(const KvFormat& format, int columns, int compute_capability,
+                            const char** kernel);
+
+// A plan for the device of `execution`. `kernel` names a row of the kernel table, nullptr chooses
+// one (choose_decode_kernel).
 Status plan_decode(const KvFormat& format, int columns, const char* kernel,
                    const CudaExecution& execution, decode::DecodePlan* plan);
 

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The facts of the build as a Python dictionary: "" becomes None, lists become lists.
+// The facts of the build: "" becomes None, lists become lists.
 #include "facts.hpp"
 
 #include <sstream>
 #include <string>
 
+#include "arrays.hpp"
 #include "bitdecoding/build_info.hpp"
+#include "bitdecoding/run.hpp"
 
 namespace bitdecoding::python {
 
@@ -38,6 +40,12 @@ nb::dict build_facts() {
   facts["kernels"] = kernels;
   facts["cuda_driver"] = text_or_none(cuda_driver_version());
   return facts;
+}
+
+std::string decode_kernel(const KvFormat& format, int columns, int compute_capability) {
+  const char* kernel = "";
+  throw_if_error(choose_decode_kernel(format, columns, compute_capability, &kernel));
+  return kernel;
 }
 
 }  // namespace bitdecoding::python

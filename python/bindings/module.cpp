@@ -125,6 +125,9 @@ NB_MODULE(_ext, module) {
       "leftpad"_a.none(), "num_tokens"_a.none(), "threads"_a, "stream"_a.none(),
       "error_word"_a.none(),
       "bitdecoding.pack_pages, on a stream and with an error word that the caller supplies.");
+  module.def("decode_kernel", &decode_kernel, "format"_a, "columns"_a, nb::kw_only(),
+             "compute_capability"_a,
+             "bitdecoding.plan.decode_kernel, of arguments that fit an int.");
   module.def("build_info", &build_facts, nb::sig("def build_info() -> dict[str, typing.Any]"),
              R"(Where this build comes from and what it holds.
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitdecoding import KvFormat, build_info
+from bitdecoding import KvFormat, _ext, build_info
 from bitdecoding._ext import sequence_extents
+from bitdecoding.arrays import count
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,19 @@ def sequence_bytes(
     side = 2 * (keep_first + tail) * shape.head_dim * 2  # K and V, fp16
     tables = 4 * (pages + 3)  # int32: block table, slot, length, packed
     return shape.layers * (shape.heads_kv * (pages * format.page_bytes() + side) + tables)
+
+
+def decode_kernel(format: KvFormat, columns: int, *, compute_capability: int) -> str:
+    """The decode kernel of this build that a call with ``columns`` query columns (query tokens x
+    query heads per KV head) gets on a device of that compute capability (90: 9.0). Asks no device.
+
+    Raises NotImplementedError where the build has none for the format and device.
+    """
+    return _ext.decode_kernel(
+        format,
+        count("columns", columns, least=1),
+        compute_capability=count("compute_capability", compute_capability, least=80),
+    )
 
 
 def has_kernels(format: KvFormat) -> bool:

@@ -2,6 +2,7 @@
 // Plans and launches of CUDA decode: checks, the row of the kernel table, the device of the pointers.
 #include <cstring>
 
+#include "bitdecoding/decode/choice.hpp"
 #include "bitdecoding/run.hpp"
 #include "cuda/decode_row.hpp"
 #include "cuda/launch.hpp"
@@ -9,26 +10,15 @@
 namespace bitdecoding {
 namespace {
 
-using decode::Arch;
 using decode::DecodePlan;
 
-// The row of that name; without a name the narrowest for a device of `arch` that holds all columns,
-// or the widest.
-const DecodeRow* find_row(const layout::PageConfig& page, int columns, const char* kernel,
-                          Arch arch) {
-  const DecodeRow* found = nullptr;
+const DecodeRow* find_row(const layout::PageConfig& page, const char* name) {
   for (const auto& unit : decode_rows()) {
     for (const DecodeRow& row : unit) {
-      if (!(row.config.page == page)) continue;
-      if (kernel != nullptr) {
-        if (std::strcmp(row.name, kernel) == 0) return &row;
-      } else if (row.config.arch == arch &&
-                 (found == nullptr || found->config.query_columns < columns)) {
-        found = &row;  // rows of one page format come in order of their columns
-      }
+      if (row.config.page == page && std::strcmp(row.name, name) == 0) return &row;
     }
   }
-  return found;
+  return nullptr;
 }
 
 const DecodeRow* find_row(const decode::DecodeConfig& config) {
@@ -40,11 +30,12 @@ const DecodeRow* find_row(const decode::DecodeConfig& config) {
   return nullptr;
 }
 
-cudaError_t device_arch(int device, Arch* arch) {
-  int major = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  *arch = major == 9 ? Arch::sm90 : Arch::sm80;
+cudaError_t read_compute_capability(int device, int* capability) {
+  int major = 0, minor = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  *capability = 10 * major + minor;
   return error;
 }
 
@@ -55,17 +46,38 @@ std::string wanted(const KvFormat& format, int columns, const char* kernel) {
 
 }  // namespace
 
+Status choose_decode_kernel(const KvFormat& format, int columns, int compute_capability,
+                            const char** kernel) {
+  if (Status status = validate(format); !status.is_ok()) return status;
+  if (columns < 1) return invalid_argument("columns = ", columns, "; allowed: 1 or more");
+  if (compute_capability < 80) {
+    return invalid_argument("compute capability = ", compute_capability, "; allowed: 80 or more");
+  }
+  const decode::Arch arch = decode::arch_of(compute_capability);
+  const DecodeRow* row =
+      decode::choose_decode_row(decode_rows(), arch, layout::page_config(format), columns);
+  if (row == nullptr) {
+    return no_kernel(wanted(format, columns, nullptr) +
+                     ", compute capability = " + std::to_string(compute_capability));
+  }
+  *kernel = row->name;
+  return {};
+}
+
 Status plan_decode(const KvFormat& format, int columns, const char* kernel,
                    const CudaExecution& execution, DecodePlan* plan) {
   if (Status status = validate(format); !status.is_ok()) return status;
   if (columns < 1) return invalid_argument("columns = ", columns, "; allowed: 1 or more");
   const DeviceScope scope(execution.device);
   if (scope.error() != cudaSuccess) return cuda_status(scope.error(), "plan_decode");
-  Arch arch = Arch::sm80;
-  if (const cudaError_t error = device_arch(execution.device, &arch); error != cudaSuccess) {
-    return cuda_status(error, "plan_decode");
+  if (kernel == nullptr) {
+    int capability = 0;
+    const cudaError_t error = read_compute_capability(execution.device, &capability);
+    if (error != cudaSuccess) return cuda_status(error, "plan_decode");
+    Status status = choose_decode_kernel(format, columns, capability, &kernel);
+    if (!status.is_ok()) return status;
   }
-  const DecodeRow* row = find_row(layout::page_config(format), columns, kernel, arch);
+  const DecodeRow* row = find_row(layout::page_config(format), kernel);
   if (row == nullptr) return no_kernel(wanted(format, columns, kernel));
   const cudaError_t error = row->plan(format, plan);
   plan->kernel = row->name;

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from bitdecoding import KvFormat, PagedKvCache
-from bitdecoding.plan import ModelShape, sequence_bytes, sixteen_bit_bytes
+from bitdecoding import KvFormat, PagedKvCache, build_info
+from bitdecoding.plan import ModelShape, decode_kernel, sequence_bytes, sixteen_bit_bytes
 from bitdecoding.recipes import RECIPES, resolve_format
 
 
@@ -62,3 +62,23 @@ def test_formats_that_do_not_fit(recipe: str, message: str) -> None:
 def test_format_of_another_type() -> None:
     with pytest.raises(TypeError, match=r"format = 4; allowed: .*int4, k4v2, int2"):
         resolve_format(4, 64)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("columns", [1, 5, 64])
+@pytest.mark.parametrize("compute_capability", [80, 86, 90])
+def test_decode_kernel(columns: int, compute_capability: int) -> None:
+    prefix = f"decode_sm{compute_capability // 10}0_k4v4_c_d128_n"
+    rows = [name for name in build_info()["kernels"] if name.startswith(prefix)]
+    format = KvFormat()
+    if rows:
+        assert decode_kernel(format, columns, compute_capability=compute_capability) in rows
+    else:
+        with pytest.raises(NotImplementedError, match="kernel"):
+            decode_kernel(format, columns, compute_capability=compute_capability)
+
+
+def test_decode_kernel_refuses() -> None:
+    with pytest.raises(ValueError, match="columns = 0; allowed: 1 to"):
+        decode_kernel(KvFormat(), 0, compute_capability=90)
+    with pytest.raises(ValueError, match="compute_capability = 75; allowed: 80 to"):
+        decode_kernel(KvFormat(), 1, compute_capability=75)

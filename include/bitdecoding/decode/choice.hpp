@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which row of the kernel table serves a decode call: a table of data, and which row steps in where
+// the table's is not built. Pure; the host test lists what every kind of call gets.
+#pragma once
+
+#include <climits>
+#include <span>
+
+#include "bitdecoding/decode/config.hpp"
+
+namespace bitdecoding::decode {
+
+inline constexpr int kAnyColumns = INT_MAX;
+
+// Calls of up to `columns` query columns (query tokens x query heads per KV head) get tiles of
+// `tile` of them. A tile reads the cache once: wider calls read it again for every further tile.
+struct TileChoice {
+  Arch arch;
+  int columns;
+  int tile;
+};
+
+// The first line of the device's arch that is wide enough.
+inline constexpr TileChoice kTileChoices[] = {
+    // arch, columns, tile         us of this tile and of the next one of the table, and the case
+    {Arch::sm80, 4, 4},             // not measured on 8.x
+    {Arch::sm80, 8, 8},             // not measured on 8.x
+    {Arch::sm80, kAnyColumns, 16},  // not measured on 8.x
+    {Arch::sm90, 4, 4},             // not measured yet
+    {Arch::sm90, 8, 8},             // not measured yet
+    {Arch::sm90, kAnyColumns, 16},  // not measured yet
+};
+
+// Rows of Arch::sm90 run on 9.0 alone. `compute_capability`: 90 for 9.0.
+constexpr Arch arch_of(int compute_capability) {
+  return compute_capability / 10 == 9 ? Arch::sm90 : Arch::sm80;
+}
+
+constexpr int preferred_tile(Arch arch, int columns) {
+  for (const TileChoice& choice : kTileChoices) {
+    if (choice.arch == arch && columns <= choice.columns) return choice.tile;
+  }
+  return 0;  // never: an arch's last line takes any columns
+}
+
+// The row of `units` (of the kernel table; a Row has a `config`) for that page format and arch:
+// with the preferred tile, else the narrowest wider one, else the widest. nullptr: there is none.
+template <class Row>
+constexpr const Row* choose_decode_row(std::span<const std::span<const Row>> units, Arch arch,
+                                       const layout::PageConfig& page, int columns) {
+  const int preferred = preferred_tile(arch, columns);
+  const auto distance = [preferred](const Row& row) {
+    const int tile = row.config.query_columns;
+    return tile >= preferred ? tile - preferred : INT_MAX - tile;
+  };
+  const Row* best = nullptr;
+  for (const std::span<const Row> unit : units) {
+    for (const Row& row : unit) {
+      if (row.config.arch != arch || !(row.config.page == page)) continue;
+      if (best == nullptr || distance(row) < distance(*best)) best = &row;
+    }
+  }
+  return best;
+}
+
+}  // namespace bitdecoding::decode
