@@ -18,7 +18,7 @@ using layout::kMaxHeadDim;
 using layout::kSpanChannels;
 
 template <int Bits>
-constexpr int kFields = 8 / Bits;  // codes of a byte, 8 channels apart
+constexpr int kFields = 8 / Bits;  // codes of a byte
 template <int Bits>
 constexpr int kWordChannels = 8 * kFields<Bits>;  // of V's words of one index, over all lanes
 
@@ -62,7 +62,8 @@ BITDECODING_INLINE void codes_of(const UInt8& words, int byte, int field, Float8
   codes = __builtin_convertvector((Int8)((words >> (8 * byte)) & mask), Float8);
 }
 
-// Half a span, 32 channels, of one 16-token block: two vectors of tokens, r = 0 and 1.
+// Half a span, 32 channels, of one 16-token block: two vectors of tokens, r = 0 and 1. `words` are
+// the span's, `q` the half's.
 template <int Bits, int HeadDim, int Rows>
 BITDECODING_INLINE void score_half(const UInt8* words, int half, const float* q,
                                    Float8 (&sums)[chains(Rows)][2][Rows]) {
@@ -74,8 +75,9 @@ BITDECODING_INLINE void score_half(const UInt8* words, int half, const float* q,
       for (int byte = 0; byte < 4; ++byte) {
         const int h = byte / 2, u = byte % 2;
         Float8 codes[2];
-        for (int r = 0; r < 2; ++r)
+        for (int r = 0; r < 2; ++r) {
           codes_of<Bits>(words[4 * (word + r) + t], byte, field, codes[r]);
+        }
         for (int row = 0; row < Rows; ++row) {
           const float scale = q[row * HeadDim + t * (HeadDim / 4) + 4 * tile + 2 * u + h];
           for (int r = 0; r < 2; ++r) sums[h % chains(Rows)][r][row] += codes[r] * scale;

@@ -5,9 +5,9 @@
 //   K  token 16*block + g + 8r    channel 64s + 32p + 16q + 8u + 2t + h    (s: span of 64 channels)
 //      2 bits: word 2s + r, field p + 2q        4 bits: word 4s + 2q + r, field p
 //   V  token 16*block + 2t + h + 8u    channel 8F*word + 8f + g            (F = 8 / bits fields)
-// Bits run along channels only: a byte holds codes of one token, and so does a word of K. That
-// makes a masked word two fp16 subnormals of one register of m16k16, or four 8-bit codes of one
-// register of m16k32. tests: host/layout/code_layout
+// Bits run along channels only: a byte holds codes of one token, and so does a word of K. A masked
+// word is a register: of m16k16 two fp16 subnormals; of m16k32 four 8-bit codes, where the MMA's
+// column 16j + 4t + y is the operand's 16j + 8u + 2t + h. tests: host/layout/code_layout
 #pragma once
 
 #include <cute/tensor.hpp>

@@ -22,11 +22,11 @@ template <class Sm80Atom, class Sm90Atom>
 constexpr bool same_operand_a() {
   using namespace cute;
   using Sm80 = decltype(make_tiled_mma(Sm80Atom{}, Layout<Shape<_4, _1, _1>>{}));
-  const auto sm80 = Sm80{}.get_layoutA_TV();                   // (T128,V8) -> (M64,K16)
-  const auto sm90 = typename MMA_Traits<Sm90Atom>::ALayout{};  // (T128,V8) -> (M64,K16)
-  if (size<0>(sm80) != 128 || size<1>(sm80) != 8 || size(sm90) != size(sm80)) return false;
+  const auto sm80 = Sm80{}.get_layoutA_TV();                   // (T128,V) -> (M64,K): V8, K16 or
+  const auto sm90 = typename MMA_Traits<Sm90Atom>::ALayout{};  // of 8-bit elements V16, K32
+  if (size<0>(sm80) != 128 || size(sm90) != size(sm80)) return false;
   for (int thread = 0; thread < 128; ++thread) {
-    for (int value = 0; value < 8; ++value) {
+    for (int value = 0; value < int(size<1>(sm80)); ++value) {
       if (int(sm80(thread, value)) != int(sm90(thread, value))) return false;
     }
   }
@@ -35,6 +35,7 @@ constexpr bool same_operand_a() {
 
 using Sm80F16 = cute::SM80_16x8x16_F32F16F16F32_TN;
 using Sm80Bf16 = cute::SM80_16x8x16_F32BF16BF16F32_TN;
+using Sm80U8 = cute::SM80_16x8x32_S32U8S8S32_TN;
 constexpr auto kMajorK = cute::GMMA::Major::K;
 static_assert(same_operand_a<Sm80F16, cute::SM90_64x8x16_F32F16F16_RS<kMajorK, kMajorK>>());
 static_assert(same_operand_a<Sm80F16, cute::SM90_64x16x16_F32F16F16_RS<kMajorK, kMajorK>>());
@@ -42,12 +43,15 @@ static_assert(same_operand_a<Sm80F16, cute::SM90_64x64x16_F32F16F16_RS<kMajorK, 
 static_assert(same_operand_a<Sm80Bf16, cute::SM90_64x8x16_F32BF16BF16_RS<kMajorK, kMajorK>>());
 static_assert(same_operand_a<Sm80Bf16, cute::SM90_64x16x16_F32BF16BF16_RS<kMajorK, kMajorK>>());
 static_assert(same_operand_a<Sm80Bf16, cute::SM90_64x64x16_F32BF16BF16_RS<kMajorK, kMajorK>>());
+static_assert(same_operand_a<Sm80U8, cute::SM90_64x8x32_S32U8S8_RS_TN>());
+static_assert(same_operand_a<Sm80U8, cute::SM90_64x16x32_S32U8S8_RS_TN>());
+static_assert(same_operand_a<Sm80U8, cute::SM90_64x64x32_S32U8S8_RS_TN>());
 
 // ---- every lane owns its words, in register order ----
 
 // One m16k16 tile of an operand: (lane, (half, row, column)) -> code, where registers a0..a3 are
-// (row, column) = (m + 8, k + 8). Lanes lie a unit apart, halves 16 bits; rows and columns choose
-// between byte (8 bits apart) and field (Bits apart).
+// (row, column) = (m + 8, k + 8). Lanes lie a unit apart, halves 16 bits. Columns of K and rows of
+// V^T choose between bytes (8 bits apart) or fields (Bits apart); rows of K choose the word.
 template <class Tile, int UnitCodes, int Half, int Row, int Column>
 constexpr bool is_fragment_order() {
   using namespace cute;
@@ -63,11 +67,20 @@ constexpr bool is_fragment_order() {
 }
 
 // Layouts add up over tiles: one tile's order and the first code of every tile prove all.
-// `code`, `nth` = the first code and the place among its lane's words of the tile's word.
+// `code` = the tile's first code, `nth` = the place of its word among its lane's.
 template <class Shape>
-constexpr bool is_word_of_unit(int code, int tile, int unit, int nth, int unit_words) {
-  const int first = (unit * unit_words + nth % unit_words) * Shape::codes_per_word;
-  return code == first + tile % Shape::tiles_per_word * 2;  // a tile takes two fields of its word
+constexpr bool is_word_of_unit(int code, int field, int unit, int nth, int unit_words) {
+  return code == (unit * unit_words + nth % unit_words) * Shape::codes_per_word + field;
+}
+
+// Word and field of channel tile 4s + 2p + q of K, in a lane's words of a block, for rows r = 0.
+struct KPlace {
+  int word, field;
+};
+template <int Bits>
+constexpr KPlace k_tile_place(int tile) {
+  const int s = tile / 4, p = tile % 4 / 2, q = tile % 2;
+  return Bits == 2 ? KPlace{2 * s, p + 2 * q} : KPlace{4 * s + 2 * q, p};
 }
 
 template <int Bits, int HeadDim>
@@ -81,12 +94,13 @@ constexpr bool k_lanes_own_their_words() {
   if (stride<0>(units) != 1) return false;
   for (int block = 0; block < kChunkBlocks; ++block) {
     for (int tile = 0; tile < HeadDim / 16; ++tile) {
-      const int word = tile / S::tiles_per_word;
+      const auto [word, field] = k_tile_place<Bits>(tile);
       const int unit = units(0, word / S::k_unit_words, block);
-      if (!is_word_of_unit<S>(tiles(block, tile), tile, unit, word, S::k_unit_words)) return false;
+      if (!is_word_of_unit<S>(tiles(block, tile), field, unit, word, S::k_unit_words)) return false;
     }
   }
-  return is_fragment_order<Tile, S::k_unit_words * S::codes_per_word, 16 / Bits, 8 / Bits, 1>();
+  return is_fragment_order<Tile, S::k_unit_words * S::codes_per_word, 16 / Bits, S::codes_per_word,
+                           8 / Bits>();
 }
 
 // The same for V^T: rows are channels, columns tokens.
@@ -106,7 +120,8 @@ constexpr bool v_lanes_own_their_words() {
       const int word = tile / S::tiles_per_word;
       const int nth = block * S::v_part_words + word % S::v_part_words;  // in its part
       const int unit = units(0, nth / S::v_unit_words, word / S::v_part_words);
-      if (!is_word_of_unit<S>(tiles(tile, block), tile, unit, nth, S::v_unit_words)) return false;
+      const int field = tile % S::tiles_per_word * 2;  // a tile takes two fields of its word
+      if (!is_word_of_unit<S>(tiles(tile, block), field, unit, nth, S::v_unit_words)) return false;
     }
   }
   return is_fragment_order<Tile, S::v_unit_words * S::codes_per_word, 16 / Bits, 1, 8 / Bits>();
@@ -116,6 +131,60 @@ static_assert(k_lanes_own_their_words<4, 128>() && v_lanes_own_their_words<4, 12
 static_assert(k_lanes_own_their_words<2, 128>() && v_lanes_own_their_words<2, 128>());
 static_assert(k_lanes_own_their_words<4, 64>() && v_lanes_own_their_words<4, 64>());
 static_assert(k_lanes_own_their_words<2, 64>() && v_lanes_own_their_words<2, 64>());
+
+// ---- a masked word is a register of the 8-bit MMA ----
+
+// Rows of 32 columns: (lane, (byte, row, column)) -> code, where registers a0..a3 are (row, column)
+// = (m + 8, k + 16). The four bytes of a register are those of a word. The MMA's column 16j + 4t +
+// 2h + u is column 16j + 8u + 2t + h of the tile, for both operands.
+template <int Bits, class Tile, int UnitCodes, int Row, int Column>
+constexpr bool is_byte_fragment_order() {
+  using namespace cute;
+  using Expected = Layout<Shape<Int<kLanes>, Shape<_4, _2, _2>>,
+                          Stride<Int<UnitCodes>, Stride<Int<8 / Bits>, Int<Row>, Int<Column>>>>;
+  using Columns = Layout<Shape<_2, _2, _4, _2>, Stride<_8, _1, _2, _16>>;  // of (u, h, t, j)
+  const auto operand = MMA_Traits<Sm80U8>::ALayout{};                      // (T32,V16) -> (M16,K32)
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int value = 0; value < 16; ++value) {
+      const int element = operand(lane, value);
+      const int code = Tile{}(element % 16, Columns{}(element / 16));
+      if (code != int(Expected{}(lane, value))) return false;
+    }
+  }
+  return true;
+}
+
+// Channels 64s + 32p + 16j + .. of a block: rows g + 8 are the next word; j = 1 is two fields, or
+// two words, on.
+template <int Bits, int HeadDim>
+constexpr bool k_words_are_byte_registers() {
+  using namespace cute;
+  using S = CodeShape<Bits, HeadDim>;
+  using Tiled = decltype(zipped_divide(k_code_layout<Bits, HeadDim>(), Shape<_16, _32>{}));
+  using Tile = std::remove_cvref_t<decltype(get<0>(Tiled{}))>;  // (token 16, channel 32)
+  return is_byte_fragment_order<Bits, Tile, S::k_unit_words * S::codes_per_word, S::codes_per_word,
+                                Bits == 2 ? 2 : 2 * S::codes_per_word>();
+}
+
+// V^T, tokens of blocks 2i and 2i + 1: rows g + 8 are the next field; the other block is the same
+// channels' next word of the unit.
+template <int Bits, int HeadDim>
+constexpr bool v_words_are_byte_registers() {
+  using namespace cute;
+  using S = CodeShape<Bits, HeadDim>;
+  constexpr auto codes = v_code_layout<Bits, HeadDim>();
+  constexpr auto transposed = make_layout(get<1>(codes), get<0>(codes));
+  using Tiled = decltype(zipped_divide(transposed, Shape<_16, _32>{}));
+  using Tile = std::remove_cvref_t<decltype(get<0>(Tiled{}))>;  // (channel 16, token 32)
+  return 2 * S::v_part_words <= S::v_unit_words &&
+         is_byte_fragment_order<Bits, Tile, S::v_unit_words * S::codes_per_word, 1,
+                                S::v_part_words * S::codes_per_word>();
+}
+
+static_assert(k_words_are_byte_registers<4, 128>() && v_words_are_byte_registers<4, 128>());
+static_assert(k_words_are_byte_registers<2, 128>() && v_words_are_byte_registers<2, 128>());
+static_assert(k_words_are_byte_registers<4, 64>() && v_words_are_byte_registers<4, 64>());
+static_assert(k_words_are_byte_registers<2, 64>() && v_words_are_byte_registers<2, 64>());
 
 // ---- whole layouts ----
 
@@ -176,6 +245,17 @@ TEST_CASE_TEMPLATE("a byte holds codes of one token", C, CODE_CASES) {
     int& v_owner = v_token.at(v * C::bits / 8);
     differences += (k_owner != -1 && k_owner != token) || (v_owner != -1 && v_owner != token);
     k_owner = v_owner = token;
+  });
+  CHECK(differences == 0);
+}
+
+TEST_CASE_TEMPLATE("a word of K holds codes of one token", C, CODE_CASES) {
+  std::vector<int> owners(C::Shape::chunk_bytes / 4, -1);
+  int differences = 0;
+  C::for_each([&](int token, int, int k, int) {
+    int& owner = owners.at(k / C::Shape::codes_per_word);
+    differences += owner != -1 && owner != token;
+    owner = token;
   });
   CHECK(differences == 0);
 }
