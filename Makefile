@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo   generate text with 16-bit, 4-bit and 2-bit caches      make test   all tests that this machine can run
 # make wheel  sdist and wheel into dist/     make lint     make install-test (isolated builds)     make clean
+# make bench-kernel KERNEL=decode_sm90_k4v4_c_d128_n8    builds this kernel alone and times it; needs no .venv
 #
 #   PYTHON=python3.12          the Python of .venv                 JOBS=2    parallel jobs
 #   TORCH="torch==2.13.0 --index-url https://..."  or  TORCH=/path/to/torch.whl    instead of the pinned torch
 #   BITDECODING_CUDA=auto|system|pypi|off    which CUDA compiler   KERNELS='pack_k4v4_*'    build only these kernels
+#   CASE="8x8x4@131072 0/0"    what bench-kernel times (benchmarks/README.md)
 #   DEMO=--quick               arguments of the demo               PRESET=dev    of CMakePresets.json
 VENV := .venv
 PYTHON ?= $(or $(shell cat $(VENV)/python.txt 2>/dev/null),python3)
 TORCH ?= $(or $(shell cat $(VENV)/torch.txt 2>/dev/null),$(shell grep '^torch==' constraints.txt))
 PRESET ?= dev
 KERNELS ?= *
+CASE ?= 8x8x4@131072
 JOBS ?= $(shell nproc)
 BUILD := build/$(PRESET)$(addprefix -,$(BITDECODING_CUDA))
 BIN := $(abspath $(VENV))/bin
@@ -18,7 +21,7 @@ export PATH := $(BIN):$(PATH)
 export BITDECODING_TOOLCHAIN_DIR ?= $(CURDIR)/build/toolchain
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: all demo test wheel install-test lint format clean build
+.PHONY: all demo test bench-kernel wheel install-test lint format clean build
 all: build
 
 demo: build
@@ -34,6 +37,13 @@ build: $(VENV)/registered
 	  -D BITDECODING_KERNELS='$(KERNELS)' $(addprefix -D BITDECODING_CUDA=,$(BITDECODING_CUDA))
 	cmake --build $(BUILD) --parallel $(JOBS)
 	@cmake --install $(BUILD) --component extension --prefix python >/dev/null
+
+bench-kernel:
+	@[ -n '$(KERNEL)' ] || { echo "KERNEL = ''; allowed: a decode kernel, as in decode_sm90_k4v4_c_d128_n8"; exit 2; }
+	cmake --preset bench --log-level=WARNING -D BITDECODING_KERNELS='$(KERNEL)' \
+	  $(addprefix -D BITDECODING_CUDA=,$(BITDECODING_CUDA))
+	cmake --build build/bench --parallel $(JOBS) --target decode_kernel
+	build/bench/benchmarks/decode_kernel $(KERNEL) $(CASE)
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --outdir dist

@@ -1,13 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-# From the kernel table to translation units: filters rows by BITDECODING_KERNELS, turns each into the C++ value
-# of its configuration and writes units and the list of all rows into the build tree.
+# From the kernel table to translation units: its rows and their limits, filtered by BITDECODING_KERNELS, each turned
+# into the C++ value of its configuration; units and the list of all rows are written into the build tree.
 
-function(bitdecoding_filter_kernels out)
-  string(REGEX REPLACE "([][+.()^$|])" "\\\\\\1" pattern "${BITDECODING_KERNELS}")
+# BITDECODING_LIMITS decides whether a kernel over its limits fails the build:
+#   auto    with the pinned nvcc of third_party/toolchain.txt: another's register allocation is another
+#   on, off with every nvcc, with none
+set(BITDECODING_LIMITS auto CACHE STRING "fail kernels that are over their limits: auto (pinned nvcc), on or off")
+set_property(CACHE BITDECODING_LIMITS PROPERTY STRINGS auto on off)
+
+function(bitdecoding_glob_regex out glob)
+  string(REGEX REPLACE "([][+.()^$|])" "\\\\\\1" pattern "${glob}")
   string(REPLACE "*" ".*" pattern "${pattern}")
   string(REPLACE "?" "." pattern "${pattern}")
+  set(${out} "^${pattern}$" PARENT_SCOPE)
+endfunction()
+
+# `out` = the names of all rows, kind by kind and page by page; <name>_LIMITS = "<registers> <stack> <shared>".
+function(bitdecoding_read_kernels out)
+  foreach(line IN LISTS BITDECODING_KERNEL_TABLE)
+    if(NOT line MATCHES "^[a-z]+(_sm[0-9]+)? +[^ ]+ +(-|n[0-9]+)( +[0-9]+)( +[0-9]+)( +[0-9]+)$")
+      message(FATAL_ERROR "kernel table: '${line}' is not '<kind> <pages> <tile or -> <registers> <stack> <shared>'")
+    endif()
+  endforeach()
+  set(kinds ${BITDECODING_KERNEL_TABLE})
+  list(TRANSFORM kinds REPLACE " .*" "")
+  list(REMOVE_DUPLICATES kinds)
+  set(names "")
+  foreach(kind IN LISTS kinds)
+    foreach(page IN LISTS BITDECODING_PAGES)
+      foreach(line IN LISTS BITDECODING_KERNEL_TABLE)
+        string(REGEX MATCHALL "[^ ]+" columns "${line}")
+        list(POP_FRONT columns line_kind pages tile)
+        bitdecoding_glob_regex(pattern "${pages}")
+        if(line_kind STREQUAL kind AND page MATCHES "${pattern}")
+          string(REPLACE "_-" "" name "${kind}_${page}_${tile}")
+          list(APPEND names ${name})
+          list(JOIN columns " " limits)
+          set(${name}_LIMITS "${limits}" PARENT_SCOPE)
+        endif()
+      endforeach()
+    endforeach()
+  endforeach()
+  list(REMOVE_DUPLICATES names)
+  set(${out} ${names} PARENT_SCOPE)
+endfunction()
+
+# `out` = whether the limits of kernels are checked.
+function(bitdecoding_checks_limits out)
+  file(STRINGS "${PROJECT_SOURCE_DIR}/third_party/toolchain.txt" pin REGEX "^nvidia-cuda-nvcc==")
+  string(REGEX REPLACE ".*==" "" pin "${pin}")
+  set(checks NO)
+  if(NOT BITDECODING_LIMITS MATCHES "^(auto|on|off)$")
+    message(FATAL_ERROR "bitdecoding: BITDECODING_LIMITS = '${BITDECODING_LIMITS}'; allowed: auto, on, off")
+  elseif(BITDECODING_LIMITS STREQUAL on OR
+         (BITDECODING_LIMITS STREQUAL auto AND CMAKE_CUDA_COMPILER_VERSION VERSION_EQUAL pin))
+    set(checks YES)
+  elseif(BITDECODING_LIMITS STREQUAL auto)
+    message(STATUS "bitdecoding: limits of kernels not checked: they are nvcc ${pin}'s, this is "
+      "${CMAKE_CUDA_COMPILER_VERSION} (BITDECODING_LIMITS=on checks)")
+  endif()
+  set(${out} ${checks} PARENT_SCOPE)
+endfunction()
+
+function(bitdecoding_filter_kernels out)
+  bitdecoding_glob_regex(pattern "${BITDECODING_KERNELS}")
   set(rows ${ARGN})
-  list(FILTER rows INCLUDE REGEX "^${pattern}$")
+  list(FILTER rows INCLUDE REGEX "${pattern}")
   if(NOT rows)
     list(JOIN ARGN ", " names)
     message(FATAL_ERROR "BITDECODING_KERNELS = '${BITDECODING_KERNELS}' matches no kernel; there are: ${names}")
@@ -19,8 +77,9 @@ endfunction()
 
 # `out` = the C++ value that a row's name means: <kind>[_<arch>]_k<bits>v<bits>_<axis>_d<head_dim>[_n<columns>].
 function(bitdecoding_kernel_config out name)
-  if(NOT name MATCHES "^[a-z]+(_sm[0-9]+)?_k([24])v([24])_([ct])_d(64|128)(_n(4|8|16))?$")
-    message(FATAL_ERROR "kernel table: '${name}' is not <kind>[_sm<80|90>]_k<2|4>v<2|4>_<c|t>_d<64|128>[_n<4|8|16>]")
+  if(NOT name MATCHES "^[a-z]+(_sm[0-9]+)?_k([24])v([24])_([ct])_d(64|128)(_n(4|8|16|32|64))?$")
+    message(FATAL_ERROR "kernel table: '${name}' is not <kind>[_sm<80|90>]_k<2|4>v<2|4>_<c|t>_d<64|128>"
+      "[_n<4|8|16|32|64>]")
   endif()
   string(REPLACE "_" "" arch "${CMAKE_MATCH_1}")
   set(columns "${CMAKE_MATCH_7}")
@@ -35,23 +94,29 @@ function(bitdecoding_kernel_config out name)
   set(${out} "${config}" PARENT_SCOPE)
 endfunction()
 
-# `out` = the generated unit `UNIT` of rows of one KIND; a profile shows a row's name in the kernel's.
+# `out` = the generated unit `UNIT` of rows of one KIND; a profile shows a row's name in the kernel's. Beside it lie
+# their limits, which cmake/check_kernels.py reads.
 function(bitdecoding_kernel_unit out KIND ROW_TYPE UNIT)
   set(STRUCTS "")
   set(ROWS "")
+  set(limits "")
   foreach(name IN LISTS ARGN)
     bitdecoding_kernel_config(config ${name})
     string(APPEND STRUCTS "struct ${name} {\n  static constexpr auto config = ${config};\n"
       "  static constexpr const char* name = \"${name}\";\n};\n")
     string(APPEND ROWS "    make_row<${name}>(),\n")
+    string(APPEND limits "${name} ${${name}_LIMITS}\n")
   endforeach()
-  configure_file(kernel_unit.cu.in "${CMAKE_CURRENT_BINARY_DIR}/${UNIT}.cu" @ONLY)
-  set(${out} "${CMAKE_CURRENT_BINARY_DIR}/${UNIT}.cu" PARENT_SCOPE)
+  set(unit "${CMAKE_CURRENT_BINARY_DIR}/${UNIT}")
+  configure_file(kernel_unit.cu.in "${unit}.cu" @ONLY)
+  file(CONFIGURE OUTPUT "${unit}.limits" CONTENT "${limits}")
+  set_source_files_properties("${unit}.cu" PROPERTIES OBJECT_DEPENDS "${unit}.limits")
+  set(${out} "${unit}.cu" PARENT_SCOPE)
 endfunction()
 
 # Compiles rows of one kind into `target`, `per_unit` to a unit. Each entry of ARGN is an object library's
-# "<prefix>=<architectures>": rows whose name begins so are compiled for these alone.
-function(bitdecoding_add_kernels target KIND ROW_TYPE per_unit rows)
+# "<prefix>=<architectures>": rows whose name begins so are compiled for these alone. `checks`: their limits.
+function(bitdecoding_add_kernels target KIND ROW_TYPE per_unit rows checks)
   set(UNIT_DECLARATIONS "")
   set(UNIT_CALLS "")
   foreach(part IN LISTS ARGN)
@@ -78,6 +143,12 @@ function(bitdecoding_add_kernels target KIND ROW_TYPE per_unit rows)
     set_target_properties(${library} PROPERTIES CUDA_ARCHITECTURES "${architectures}" POSITION_INDEPENDENT_CODE ON)
     target_include_directories(${library} PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}")
     target_link_libraries(${library} PRIVATE bitdecoding_headers bitdecoding_options bitdecoding::cudart)
+    list(FILTER architectures INCLUDE REGEX "^(80|90a)(-real)?$")  # whose limits the table has
+    if(checks AND architectures)
+      set(launcher "${Python_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/cmake/check_kernels.py"
+        ${CMAKE_CUDA_COMPILER_LAUNCHER})
+      set_target_properties(${library} PROPERTIES CUDA_COMPILER_LAUNCHER "${launcher}")
+    endif()
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${library}>)
   endforeach()
   list(LENGTH UNIT_CALLS UNIT_COUNT)

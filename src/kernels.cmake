@@ -1,56 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-# THE table of compiled kernels. One row = one kernel = one name in build_info() and in a profile.
-# Rows compile in order, several to a unit (CuTe's headers cost seconds each time); a new row is a new line here.
-
-# Prefill pack: pack_k<K bits>v<V bits>_<K axis: c channel, t token>_d<head_dim>, every device
-set(BITDECODING_PACK_KERNELS
-  pack_k4v4_c_d64  pack_k4v4_c_d128  pack_k4v4_t_d64  pack_k4v4_t_d128
-  pack_k4v2_c_d64  pack_k4v2_c_d128  pack_k4v2_t_d64  pack_k4v2_t_d128
-  pack_k2v4_c_d64  pack_k2v4_c_d128  pack_k2v4_t_d64  pack_k2v4_t_d128
-  pack_k2v2_c_d64  pack_k2v2_c_d128  pack_k2v2_t_d64  pack_k2v2_t_d128)
+# THE table of compiled kernels. One row = one kernel = one name in build_info() and in a profile:
+#   <kind>_k<K bits>v<V bits>_<K axis: c channel, t token>_d<head_dim>[_n<query columns of a tile>]
+# A line stands for the rows of one kind and tile, one for each page format that `pages` (a glob) matches. The limits
+# of a kernel are what ptxas may say of its sm_80 or sm_90a code: registers and bytes of stack of a thread
+# (spilled registers lie there), bytes of static shared memory (launch code bounds the dynamic rings). Where two lines
+# name a row, the later counts:
+#   "decode_sm90  k2v2_?_d64  n16    208       32      0"    sets those two rows apart
+set(BITDECODING_PAGES
+  k4v4_c_d64  k4v4_c_d128  k4v4_t_d64  k4v4_t_d128
+  k4v2_c_d64  k4v2_c_d128  k4v2_t_d64  k4v2_t_d128
+  k2v4_c_d64  k2v4_c_d128  k2v4_t_d64  k2v4_t_d128
+  k2v2_c_d64  k2v2_c_d128  k2v2_t_d64  k2v2_t_d128)
+set(BITDECODING_KERNEL_TABLE
+#  kind          pages      tile  registers  stack  shared
+  "pack          *          -            48      0       0"   # prefill pack, every device
+  "append        *          -            64      0       0"   # append, every device
+  "decode_sm80   *          n4          168      0       0"   # decode for 8.0 to 8.9, cp.async rings: 12 warps
+  "decode_sm80   *          n8          168      0       0"
+  "decode_sm80   *          n16         255      0       0"   #   8 warps
+  "decode_sm80   *_c_d128   n16         255     16       0"   #   spills
+  "decode_sm80   *_t_d128   n16         255    128       0"   #   spills
+  "decode_sm90   *          n4          168      0       0"   # decode for 9.0, bulk-copy rings: 12 warps
+  "decode_sm90   *          n8          168      8       0"   #   spills
+  "decode_sm90   *          n16         255      0       0"   #   8 warps
+  "decode_sm90   *_c_d128   n16         255     24       0"   #   spills
+  "decode_sm90   *_t_d128   n16         255    136       0")  #   spills
+# Rows of a kind compile in order, several to a unit: CuTe's headers cost seconds each time.
 set(BITDECODING_PACK_KERNELS_PER_UNIT 8)
-
-# Append: append_k<K bits>v<V bits>_<K axis>_d<head_dim>, every device
-set(BITDECODING_APPEND_KERNELS
-  append_k4v4_c_d64  append_k4v4_c_d128  append_k4v4_t_d64  append_k4v4_t_d128
-  append_k4v2_c_d64  append_k4v2_c_d128  append_k4v2_t_d64  append_k4v2_t_d128
-  append_k2v4_c_d64  append_k2v4_c_d128  append_k2v4_t_d64  append_k2v4_t_d128
-  append_k2v2_c_d64  append_k2v2_c_d128  append_k2v2_t_d64  append_k2v2_t_d128)
 set(BITDECODING_APPEND_KERNELS_PER_UNIT 8)
-
-# Decode: decode_<arch>_k<K bits>v<V bits>_<K axis>_d<head_dim>_n<query columns of a tile>
-#   sm80 cp.async rings, for 8.0 to 8.9      sm90 bulk-copy rings, for 9.0
-set(BITDECODING_DECODE_KERNELS
-  decode_sm80_k4v4_c_d64_n4  decode_sm80_k4v4_c_d64_n8  decode_sm80_k4v4_c_d64_n16
-  decode_sm80_k4v4_c_d128_n4  decode_sm80_k4v4_c_d128_n8  decode_sm80_k4v4_c_d128_n16
-  decode_sm80_k4v4_t_d64_n4  decode_sm80_k4v4_t_d64_n8  decode_sm80_k4v4_t_d64_n16
-  decode_sm80_k4v4_t_d128_n4  decode_sm80_k4v4_t_d128_n8  decode_sm80_k4v4_t_d128_n16
-  decode_sm80_k4v2_c_d64_n4  decode_sm80_k4v2_c_d64_n8  decode_sm80_k4v2_c_d64_n16
-  decode_sm80_k4v2_c_d128_n4  decode_sm80_k4v2_c_d128_n8  decode_sm80_k4v2_c_d128_n16
-  decode_sm80_k4v2_t_d64_n4  decode_sm80_k4v2_t_d64_n8  decode_sm80_k4v2_t_d64_n16
-  decode_sm80_k4v2_t_d128_n4  decode_sm80_k4v2_t_d128_n8  decode_sm80_k4v2_t_d128_n16
-  decode_sm80_k2v4_c_d64_n4  decode_sm80_k2v4_c_d64_n8  decode_sm80_k2v4_c_d64_n16
-  decode_sm80_k2v4_c_d128_n4  decode_sm80_k2v4_c_d128_n8  decode_sm80_k2v4_c_d128_n16
-  decode_sm80_k2v4_t_d64_n4  decode_sm80_k2v4_t_d64_n8  decode_sm80_k2v4_t_d64_n16
-  decode_sm80_k2v4_t_d128_n4  decode_sm80_k2v4_t_d128_n8  decode_sm80_k2v4_t_d128_n16
-  decode_sm80_k2v2_c_d64_n4  decode_sm80_k2v2_c_d64_n8  decode_sm80_k2v2_c_d64_n16
-  decode_sm80_k2v2_c_d128_n4  decode_sm80_k2v2_c_d128_n8  decode_sm80_k2v2_c_d128_n16
-  decode_sm80_k2v2_t_d64_n4  decode_sm80_k2v2_t_d64_n8  decode_sm80_k2v2_t_d64_n16
-  decode_sm80_k2v2_t_d128_n4  decode_sm80_k2v2_t_d128_n8  decode_sm80_k2v2_t_d128_n16
-  decode_sm90_k4v4_c_d64_n4  decode_sm90_k4v4_c_d64_n8  decode_sm90_k4v4_c_d64_n16
-  decode_sm90_k4v4_c_d128_n4  decode_sm90_k4v4_c_d128_n8  decode_sm90_k4v4_c_d128_n16
-  decode_sm90_k4v4_t_d64_n4  decode_sm90_k4v4_t_d64_n8  decode_sm90_k4v4_t_d64_n16
-  decode_sm90_k4v4_t_d128_n4  decode_sm90_k4v4_t_d128_n8  decode_sm90_k4v4_t_d128_n16
-  decode_sm90_k4v2_c_d64_n4  decode_sm90_k4v2_c_d64_n8  decode_sm90_k4v2_c_d64_n16
-  decode_sm90_k4v2_c_d128_n4  decode_sm90_k4v2_c_d128_n8  decode_sm90_k4v2_c_d128_n16
-  decode_sm90_k4v2_t_d64_n4  decode_sm90_k4v2_t_d64_n8  decode_sm90_k4v2_t_d64_n16
-  decode_sm90_k4v2_t_d128_n4  decode_sm90_k4v2_t_d128_n8  decode_sm90_k4v2_t_d128_n16
-  decode_sm90_k2v4_c_d64_n4  decode_sm90_k2v4_c_d64_n8  decode_sm90_k2v4_c_d64_n16
-  decode_sm90_k2v4_c_d128_n4  decode_sm90_k2v4_c_d128_n8  decode_sm90_k2v4_c_d128_n16
-  decode_sm90_k2v4_t_d64_n4  decode_sm90_k2v4_t_d64_n8  decode_sm90_k2v4_t_d64_n16
-  decode_sm90_k2v4_t_d128_n4  decode_sm90_k2v4_t_d128_n8  decode_sm90_k2v4_t_d128_n16
-  decode_sm90_k2v2_c_d64_n4  decode_sm90_k2v2_c_d64_n8  decode_sm90_k2v2_c_d64_n16
-  decode_sm90_k2v2_c_d128_n4  decode_sm90_k2v2_c_d128_n8  decode_sm90_k2v2_c_d128_n16
-  decode_sm90_k2v2_t_d64_n4  decode_sm90_k2v2_t_d64_n8  decode_sm90_k2v2_t_d64_n16
-  decode_sm90_k2v2_t_d128_n4  decode_sm90_k2v2_t_d128_n8  decode_sm90_k2v2_t_d128_n16)
 set(BITDECODING_DECODE_KERNELS_PER_UNIT 4)
