@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// S^T = K Q'^T of a chunk by a warpgroup, and what is known of a lane's two tokens.
+#pragma once
+
+#include "bitdecoding/decode/scores.cuh"
+#include "bitdecoding/decode/wgmma/query.cuh"
+
+namespace bitdecoding::decode {
+
+// Scale and zero-point of a lane's tokens: 16 * warp + g + 8 * row.
+struct TokenPair {
+  float scale[2], zero[2];
+
+  // `vectors` (g, scale | zero): 16-byte pieces, tokens 8i + g.
+  template <class Vectors>
+  __device__ TokenPair(const Vectors& vectors, int warp, int lane) {
+    for (int which = 0; which < 2; ++which) {
+      const auto* pairs = reinterpret_cast<const __half2*>(&vectors(lane / 4, which));
+      const float2 values = __half22float2(pairs[warp]);
+      float (&to)[2] = which == 0 ? scale : zero;
+      to[0] = values.x;
+      to[1] = values.y;
+    }
+  }
+  // Masked tokens' values become `masked_scale` and 0, whatever they were.
+  __device__ void mask(const bool (&is_masked)[2], float masked_scale) {
+    for (int row = 0; row < 2; ++row) {
+      if (!is_masked[row]) continue;
+      scale[row] = masked_scale;
+      zero[row] = 0.f;
+    }
+  }
+};
+
+// Raw sums of the chunk's 64 tokens, begun: they are there after a wait.
+template <Wgmma S, class Page>
+__device__ void begin_scores(const Page& page, std::uint64_t scaled, int warp, int lane,
+                             FragmentA (&tSrK)[S::tiles], GroupTile<S> (&tSrS)[1]) {
+  KWords<S> words;
+  load_words<S>(page.k_units(0), lane, warp, words);
+#pragma unroll
+  for (int k = 0; k < S::tiles; ++k) tSrK[k] = k_halves<S::page.k_bits>(words, k);
+  fence<S>(tSrS);
+  fence(tSrK);
+  cute::warpgroup_arrive();
+#pragma unroll
+  for (int k = 0; k < S::tiles; ++k) {
+    multiply_group<S>(tSrS[0], tSrK[k], operand_b_at<S>(scaled, k), k > 0);
+  }
+  cute::warpgroup_commit_batch();
+}
+
+// Per-token K: scales multiply the sums; query sums times zero-points join a column's offset.
+struct TokenAxis {
+  TokenPair tokens;
+
+  __device__ float sum(float raw, int row) const { return raw * tokens.scale[row]; }
+  __device__ float offset(float query_sum, int row) const { return query_sum * tokens.zero[row]; }
+};
+struct ChannelAxis {
+  static __device__ float sum(float raw, int) { return raw; }
+  static __device__ float offset(float, int) { return 0.f; }
+};
+
+}  // namespace bitdecoding::decode

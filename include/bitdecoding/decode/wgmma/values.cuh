@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+// A chunk's weights, in shared memory as operand B, and O^T += V^T P'^T by a warpgroup. p and m are
+// those of halves/values.cuh; m is one per column for all warps, and rises where p of a token
+// exceeds 2^(15 - e), 2^e above the token's V scale: P' = p * scale doesn't overflow fp16.
+#pragma once
+
+#include "bitdecoding/decode/online_softmax.cuh"
+#include "bitdecoding/decode/values.cuh"
+#include "bitdecoding/decode/wgmma/scores.cuh"
+
+namespace bitdecoding::decode {
+
+template <Wgmma S>
+struct GroupOutput {
+  GroupTile<S> tOrO[GroupShape<S>::output_tiles];
+  float sum[GroupShape<S>::lane_columns];       // of p, this lane's tokens
+  float zero_sum[GroupShape<S>::lane_columns];  // of p * zero
+  bool is_true = false;                         // tOrO no longer carries the codes' powers of two
+
+  __device__ void reset() {
+#pragma unroll
+    for (GroupTile<S>& tile : tOrO) {
+#pragma unroll
+      for (float& d : tile.d) d = 0.f;
+    }
+#pragma unroll
+    for (int c = 0; c < GroupShape<S>::lane_columns; ++c) sum[c] = zero_sum[c] = 0.f;
+    is_true = false;
+  }
+  __device__ void rescale(int c, float factor) {
+#pragma unroll
+    for (GroupTile<S>& tile : tOrO) {
+      tile.d[c / 2 * 4 + c % 2] *= factor;
+      tile.d[c / 2 * 4 + c % 2 + 2] *= factor;
+    }
+    sum[c] *= factor;
+    zero_sum[c] *= factor;
+  }
+  __device__ void make_true() {
+    if (is_true) return;
+    is_true = true;
+#pragma unroll
+    for (int i = 0; i < GroupShape<S>::output_tiles; ++i) {
+#pragma unroll
+      for (int d = 0; d < GroupShape<S>::accumulators; ++d) {
+        const int field = 2 * (i % S::V::tiles_per_word) + d / 2 % 2;
+        tOrO[i].d[d] *= kCodeFactor * position_factor<S::page.v_bits>(field);
+      }
+    }
+  }
+};
+
+// An exponent e with the scale below 2^e, in [-14, 16].
+__device__ inline int scale_exponent(float scale) {
+  return min(max((__float_as_int(scale) >> 23) - 126, -14), 16);
+}
+
+// Sums to p, in place, and to weights: written, not yet published. Returns whether a p is too large.
+template <Wgmma S, class Axis>
+__device__ bool weigh_group(const GroupStorage<S>& storage, const Axis& axis, const TokenPair& v,
+                            int warp, int lane, GroupTile<S>& tSrS, std::uint32_t* weights) {
+  float top = 0.f;
+  // Lane 8i + r has the address of row r of matrix i: (n, k), (n, k + 1), (n + 1, k), (n + 1, k + 1).
+  const int matrix = core_matrix<S>(lane / 16, 2 * warp + lane / 8 % 2) / 4 + lane % 8 * 4;
+#pragma unroll
+  for (int n = 0; n < GroupShape<S>::n_tiles; n += 2) {
+    std::uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float* s = tSrS.d + 4 * (n + i);
+      const float4 map = storage.maps[4 * (n + i) + lane % 4];
+      float2 query_sum{};
+      if constexpr (S::page.k_axis == KAxis::token) {
+        query_sum =
+            *reinterpret_cast<const float2*>(&storage.query_sum[8 * (n + i) + lane % 4 * 2]);
+      }
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        s[2 * row] =
+            arch::exp2(axis.sum(s[2 * row], row) * map.x + (axis.offset(query_sum.x, row) + map.z));
+        s[2 * row + 1] = arch::exp2(axis.sum(s[2 * row + 1], row) * map.y +
+                                    (axis.offset(query_sum.y, row) + map.w));
+        pairs[2 * i + row] =
+            as_bits(__floats2half2_rn(s[2 * row] * v.scale[row], s[2 * row + 1] * v.scale[row]));
+      }
+      top = fmaxf(top, fmaxf(s[0] + s[2], s[1] + s[3]));
+    }
+    cute::SM90_U16x8_STSM_T::copy(
+        pairs[0], pairs[1], pairs[2], pairs[3],
+        *reinterpret_cast<cute::uint128_t*>(weights + matrix + core_matrix<S>(n, 0) / 4));
+  }
+  return top > power_of_two(15 - scale_exponent(fmaxf(v.scale[0], v.scale[1])));
+}
+
+// Raises m to the group's largest score + e of every column. The last of its barriers is the caller's.
+template <Wgmma S, class Threads, class Axis>
+__device__ void raise_group_maximum(const Axis& axis, const TokenPair& v, const GroupTile<S>& tSrS,
+                                    int warp, int lane, GroupStorage<S>& storage,
+                                    GroupOutput<S>& output) {
+  const float e[2] = {static_cast<float>(scale_exponent(v.scale[0])),
+                      static_cast<float>(scale_exponent(v.scale[1]))};
+  const auto column_of = [&](int c) { return c / 2 * 8 + lane % 4 * 2 + c % 2; };
+#pragma unroll
+  for (int c = 0; c < GroupShape<S>::lane_columns; ++c) {
+    const int column = column_of(c);
+    const float factor = reinterpret_cast<const float*>(&storage.maps[column / 2])[column % 2];
+    float top = -INFINITY;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float bias = axis.offset(storage.query_sum[column], row) + storage.bias[column];
+      const float s = tSrS.d[c / 2 * 4 + 2 * row + c % 2];
+      top = fmaxf(top, axis.sum(s, row) * factor + bias + e[row]);
+    }
+    for (int distance = 4; distance < 32; distance *= 2) {
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, distance));
+    }
+    if (lane < 4) storage.of_warps[0][warp][column] = top;
+  }
+  Threads::sync();
+  float raised[GroupShape<S>::lane_columns];
+#pragma unroll
+  for (int c = 0; c < GroupShape<S>::lane_columns; ++c) {
+    const int column = column_of(c);
+    const float maximum = storage.maximum[column];
+    raised[c] = maximum;
+#pragma unroll
+    for (int i = 0; i < kGroupWarps; ++i) {
+      raised[c] = fmaxf(raised[c], storage.of_warps[0][i][column]);
+    }
+    output.rescale(c, arch::exp2(maximum - raised[c]));
+  }
+  Threads::sync();
+  if (warp != 0 || lane >= 4) return;
+#pragma unroll
+  for (int c = 0; c < GroupShape<S>::lane_columns; ++c) {
+    const int column = column_of(c);
+    storage.maximum[column] = raised[c];
+    reinterpret_cast<float*>(&storage.maps[column / 2])[column % 2 + 2] =
+        storage.bias[column] + (kWeightExponent<S> - raised[c]);
+  }
+}
+
+template <Wgmma S>
+__device__ void add_sums(const GroupTile<S>& tSrP, const TokenPair& v, GroupOutput<S>& output) {
+#pragma unroll
+  for (int c = 0; c < GroupShape<S>::lane_columns; ++c) {
+    const float low = tSrP.d[c / 2 * 4 + c % 2], high = tSrP.d[c / 2 * 4 + c % 2 + 2];
+    output.sum[c] += low + high;
+    output.zero_sum[c] += low * v.zero[0] + high * v.zero[1];
+  }
+}
+
+// A lane's V words of a chunk, of its warp's quarter of the channels: (word of a block, block).
+template <Wgmma S>
+struct ValueWords {
+  static constexpr int kWords = S::V::v_part_words * kChunkBlocks;
+  std::uint32_t word[kWords];
+
+  template <class Page>
+  __device__ ValueWords(const Page& page, int warp, int lane) {
+    const auto units = page.v_units(0);
+    const int part = warp * S::V::v_parts / kGroupWarps;
+#pragma unroll
+    for (int unit = 0; unit < S::V::v_units; ++unit) {
+      const auto piece = units(lane, unit, part);
+#pragma unroll
+      for (int i = 0; i < S::V::v_unit_words; ++i)
+        word[unit * S::V::v_unit_words + i] = piece.word[i];
+    }
+    // Two warps share a part's words: the second has the upper fields.
+    if constexpr (S::V::v_parts < kGroupWarps) {
+      static_assert(2 * S::V::v_parts == kGroupWarps && S::V::tiles_per_word == 2);
+      const int shift = warp % 2 * 2 * S::page.v_bits;
+      for (std::uint32_t& w : word) w >>= shift;
+    }
+  }
+  // Of tile i of the output.
+  __device__ FragmentA fragment(int i, int block) const {
+    const int column = i / S::V::tiles_per_word;
+    return v_halves<S::page.v_bits>(word[block * S::V::v_part_words + column],
+                                    i % S::V::tiles_per_word);
+  }
+};
+
+// O^T += A times Blocks blocks of weights, begun: `tOrV` of (tile, block), tiles fastest.
+template <int Blocks, Wgmma S>
+__device__ void begin_values(FragmentA (&tOrV)[Blocks * GroupShape<S>::output_tiles],
+                             std::uint64_t weights, GroupOutput<S>& output) {
+  constexpr int kTiles = GroupShape<S>::output_tiles;
+  fence<S>(output.tOrO);
+  fence(tOrV);
+  cute::warpgroup_arrive();
+#pragma unroll
+  for (int block = 0; block < Blocks; ++block) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      multiply_group<S>(output.tOrO[i], tOrV[kTiles * block + i], operand_b_at<S>(weights, block),
+                        true);
+    }
+  }
+  cute::warpgroup_commit_batch();
+}
+template <Wgmma S>
+__device__ void end_values(GroupOutput<S>& output) {
+  cute::warpgroup_wait<0>();
+  fence<S>(output.tOrO);
+}
+
+}  // namespace bitdecoding::decode
