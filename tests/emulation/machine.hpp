@@ -20,6 +20,7 @@
 namespace bitdecoding::emulation {
 
 inline constexpr int kLanes = 32;
+inline constexpr int kGroupThreads = 4 * kLanes;  // of a warpgroup
 
 // When copies land that nobody waits for yet.
 enum class Landing { at_once, at_any_time, when_awaited };
@@ -57,6 +58,7 @@ class Machine {
         random_(random),
         fibers_(grid.ctas * grid.threads, random),
         warps_(grid.ctas * grid.threads / kLanes),
+        groups_((grid.ctas * grid.threads + kGroupThreads - 1) / kGroupThreads),
         threads_(grid.ctas * grid.threads) {
     for (int cta = 0; cta < grid.ctas; ++cta) ctas_.emplace_back(grid.shared_bytes);
   }
@@ -72,6 +74,9 @@ class Machine {
         late_cta_ < 0 ? std::pair(0, 0)
                       : std::pair(late_cta_ * grid_.threads, (late_cta_ + 1) * grid_.threads));
     require(bulk_copies_.empty(), "the grid ends before its bulk copies have landed");
+    for (const Group& group : groups_) {
+      require(group.products.empty(), "the grid ends before its wgmmas");
+    }
   }
 
   int ctas() const { return grid_.ctas; }
@@ -84,16 +89,13 @@ class Machine {
   // All lanes of a warp come to `operation`; then `act` sees the arguments of all, once.
   template <class Argument, class Act>
   void meet(std::string_view operation, Argument& mine, const Act& act) {
-    Warp& warp = warps_[fibers_.current() / kLanes];
-    if (warp.arrived == 0) warp.operation = operation;
-    require(warp.operation == operation, "lanes of a warp are at different operations");
-    warp.arguments[lane()] = &mine;
-    if (++warp.arrived < kLanes) return fibers_.wait();
-    std::array<Argument*, kLanes> lanes;
-    for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<Argument*>(warp.arguments[i]);
-    act(lanes);
-    warp.arrived = 0;
-    release(fibers_.current() - lane(), kLanes);
+    meet_in(warps_[fibers_.current() / kLanes], operation, mine, act);
+  }
+  // The same of the threads of a warpgroup.
+  template <class Argument, class Act>
+  void meet_group(std::string_view operation, Argument& mine, const Act& act) {
+    require(threads() % kGroupThreads == 0, "a warpgroup is not whole");
+    meet_in(group(), operation, mine, act);
   }
   void sync_threads() {
     Cta& mine = ctas_[cta()];
@@ -105,6 +107,28 @@ class Machine {
   void pass() { fibers_.pass(); }
   int draw(int below) { return static_cast<int>(random_() % static_cast<unsigned>(below)); }
 
+  // ---- wgmma ----
+  // Products of the current thread's warpgroup are done in their order: now or when it waits.
+  void begin_product(const std::function<void()>& product) {
+    if (group().products.empty() && draw(2) == 0) return product();
+    group().products.push_back(product);
+  }
+  void end_products() {
+    for (const auto& product : group().products) product();
+    group().products.clear();
+  }
+
+  // A shared-memory address, and what it names.
+  unsigned shared_address(const void* address) {
+    require_shared(address, 1, 1);
+    return static_cast<unsigned>(static_cast<const std::uint8_t*>(address) -
+                                 ctas_[cta()].shared.begin());
+  }
+  const void* shared_at(int address, int bytes) {
+    const std::uint8_t* named = ctas_[cta()].shared.begin() + address;
+    require_shared(named, bytes, 1);
+    return named;
+  }
   // Shared memory that an instruction names by address.
   void require_shared(const void* address, int bytes, int alignment) {
     const GuardedArray<std::uint8_t>& shared = ctas_[cta()].shared;
@@ -182,10 +206,16 @@ class Machine {
     std::vector<Piece> pieces;
     int groups = 0;  // committed
   };
-  struct Warp {
+  template <int Threads>
+  struct Meeting {
+    static constexpr int kThreads = Threads;
     std::string_view operation;
     int arrived = 0;
-    std::array<void*, kLanes> arguments;
+    std::array<void*, Threads> arguments;
+  };
+  using Warp = Meeting<kLanes>;
+  struct Group : Meeting<kGroupThreads> {
+    std::vector<std::function<void()>> products;  // begun
   };
   struct Barrier {
     int arrivals;  // of a phase
@@ -213,6 +243,23 @@ class Machine {
     const auto* first = static_cast<const volatile std::uint8_t*>(memory);
     (void)first[0];
     (void)first[bytes - 1];
+  }
+
+  Group& group() { return groups_[fibers_.current() / kGroupThreads]; }
+
+  template <class Place, class Argument, class Act>
+  void meet_in(Place& place, std::string_view operation, Argument& mine, const Act& act) {
+    constexpr int kThreads = Place::kThreads;
+    const int index = fibers_.current() % kThreads;
+    if (place.arrived == 0) place.operation = operation;
+    require(place.operation == operation, "threads that meet are at different operations");
+    place.arguments[index] = &mine;
+    if (++place.arrived < kThreads) return fibers_.wait();
+    std::array<Argument*, kThreads> all;
+    for (int i = 0; i < kThreads; ++i) all[i] = static_cast<Argument*>(place.arguments[i]);
+    act(all);
+    place.arrived = 0;
+    release(fibers_.current() - index, kThreads);
   }
 
   // Everybody may go on; whether this thread goes first is left to chance.
@@ -265,6 +312,7 @@ class Machine {
   Fibers fibers_;
   std::vector<Cta> ctas_;
   std::vector<Warp> warps_;
+  std::vector<Group> groups_;
   std::vector<Thread> threads_;
   std::vector<BulkCopy> bulk_copies_;  // under way
 };

@@ -102,9 +102,8 @@ class DecodeCta {
   __device__ WarpStorage& storage(int warp) const {
     return reinterpret_cast<WarpStorage*>(ring_bytes(streams()) + sizeof(CtaStorage))[warp];
   }
-  __device__ GroupStorage<S>& group_storage(int stream) const
-    requires Wgmma<S>
-  {
+  // A GroupStorage.
+  __device__ auto& group_storage(int stream) const {
     return reinterpret_cast<GroupStorage<S>*>(smem_)[stream];
   }
   __device__ static int warp_id() { return arch::thread_id() / 32; }
