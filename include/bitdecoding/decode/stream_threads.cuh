@@ -17,15 +17,17 @@ struct StreamThreads {
   // The stream of the CTA; the thread and the warp of the stream.
   static __device__ int stream() { return arch::thread_id() / kThreads; }
   static __device__ int thread() {
-    return kWarps == 1 ? arch::lane_id() : arch::thread_id() % kThreads;
+    return kWarps == 1 ? arch::lane_id() : arch::thread_id() & (kThreads - 1);
   }
-  static __device__ int warp() { return kWarps == 1 ? 0 : arch::thread_id() / 32 % kWarps; }
+  static __device__ int warp() { return kWarps == 1 ? 0 : arch::thread_id() >> 5 & (kWarps - 1); }
+
+  static __device__ int barrier() { return 1 + stream(); }  // of a warpgroup
 
   static __device__ void sync() {
     if constexpr (kWarps == 1) {
       __syncwarp();
     } else {
-      arch::sync_warpgroup(1 + stream());
+      arch::sync_warpgroup(barrier());
     }
   }
   // sync(), and whether it holds for any thread.
@@ -33,7 +35,7 @@ struct StreamThreads {
     if constexpr (kWarps == 1) {
       return __any_sync(0xffffffffu, holds) != 0;
     } else {
-      return arch::any_of_warpgroup(1 + stream(), holds);
+      return arch::any_of_warpgroup(barrier(), holds);
     }
   }
 };

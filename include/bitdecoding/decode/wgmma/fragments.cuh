@@ -48,21 +48,28 @@ constexpr int core_matrix(int n, int k) {
   return kCoreBytes * (k * GroupShape<S>::n_tiles + n);
 }
 
-// B of 16 k, from the first core matrix on.
+// A descriptor of B, from its first core matrix on: the half that has the address. Addresses end below
+// 2^18.
+struct OperandB {
+  std::uint32_t low;
+};
 template <Wgmma S>
-__device__ std::uint64_t operand_b(const void* first) {
+__device__ OperandB operand_b(const void* first) {
   cute::GmmaDescriptor descriptor;
   descriptor.bitfield.start_address_ = cute::cast_smem_ptr_to_uint(first) >> 4;
   descriptor.bitfield.leading_byte_offset_ = core_matrix<S>(0, 1) >> 4;  // to the next 8 k
-  descriptor.bitfield.stride_byte_offset_ = core_matrix<S>(1, 0) >> 4;   // to the next 8 columns
+  // The same in all lanes, and the compiler sees it: descriptors lie in uniform registers.
+  return {__shfl_sync(0xffffffffu, descriptor.reg32_[0], 0)};
+}
+// B of the 16 k from 16 * block on.
+template <Wgmma S>
+__device__ std::uint64_t descriptor_b(OperandB operand, int block) {
+  cute::GmmaDescriptor descriptor;
+  descriptor.bitfield.stride_byte_offset_ = core_matrix<S>(1, 0) >> 4;  // to the next 8 columns
   descriptor.bitfield.layout_type_ =
       static_cast<std::uint8_t>(cute::SM90::GMMA::LayoutType::INTERLEAVE);
+  descriptor.reg32_[0] = operand.low + block * (core_matrix<S>(0, 2) >> 4);
   return descriptor;
-}
-// The same, so many times 16 k further.
-template <Wgmma S>
-__device__ std::uint64_t operand_b_at(std::uint64_t first, int block) {
-  return first + static_cast<unsigned>(block * (core_matrix<S>(0, 2) >> 4));
 }
 
 // d (64 x columns) = or += A (64 x 16) B (16 x columns), begun; between begin_products and end_products.

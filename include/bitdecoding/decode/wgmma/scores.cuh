@@ -32,12 +32,10 @@ struct TokenPair {
   }
 };
 
-// Raw sums of the chunk's 64 tokens, begun: they are there after a wait.
-template <Wgmma S, class Page>
-__device__ void begin_scores(const Page& page, std::uint64_t scaled, int warp, int lane,
-                             FragmentA (&tSrK)[S::tiles], GroupTile<S> (&tSrS)[1]) {
-  KWords<S> words;
-  load_words<S>(page.k_units(0), lane, warp, words);
+// Raw sums of the chunk's 64 tokens from its words, begun: they are there after a wait.
+template <Wgmma S>
+__device__ void begin_scores(const KWords<S>& words, OperandB scaled, FragmentA (&tSrK)[S::tiles],
+                             GroupTile<S> (&tSrS)[1]) {
 #pragma unroll
   for (int k = 0; k < S::tiles; ++k) tSrK[k] = k_halves<S::page.k_bits>(words, k);
   fence<S>(tSrS);
@@ -45,7 +43,7 @@ __device__ void begin_scores(const Page& page, std::uint64_t scaled, int warp, i
   cute::warpgroup_arrive();
 #pragma unroll
   for (int k = 0; k < S::tiles; ++k) {
-    multiply_group<S>(tSrS[0], tSrK[k], operand_b_at<S>(scaled, k), k > 0);
+    multiply_group<S>(tSrS[0], tSrK[k], descriptor_b<S>(scaled, k), k > 0);
   }
   cute::warpgroup_commit_batch();
 }
@@ -55,11 +53,13 @@ struct TokenAxis {
   TokenPair tokens;
 
   __device__ float sum(float raw, int row) const { return raw * tokens.scale[row]; }
-  __device__ float offset(float query_sum, int row) const { return query_sum * tokens.zero[row]; }
+  __device__ float offset(float offset, float query_sum, int row) const {
+    return query_sum * tokens.zero[row] + offset;
+  }
 };
 struct ChannelAxis {
   static __device__ float sum(float raw, int) { return raw; }
-  static __device__ float offset(float, int) { return 0.f; }
+  static __device__ float offset(float offset, float, int) { return offset; }
 };
 
 }  // namespace bitdecoding::decode

@@ -19,7 +19,14 @@ class GroupStream {
   using QueryBits = decode::QueryBits<Q>;
 
   __device__ GroupStream(const DecodeArguments& a, GroupStorage<S>& storage)
-      : a_(a), storage_(storage), lane_(arch::lane_id()), warp_(Threads::warp()) {}
+      : a_(a),
+        storage_(storage),
+        lane_(arch::lane_id()),
+        warp_(Threads::warp()),
+        barrier_(Threads::barrier()),
+        weights_row_(weights_row<S>(warp_, lane_)),
+        scaled_(operand_b<S>(storage.scaled)),
+        weights_(operand_b<S>(storage.weights[0])) {}
 
   // `head`: virtual, see SegmentPlace. The queries are on their way until begin_segment.
   __device__ QueryBits load_query(int sequence, int head) const {
@@ -112,49 +119,47 @@ class GroupStream {
     TokenPair v(page.v_token_vectors(0), warp_, lane_);
     v.mask(is_masked, 0.f);
     if constexpr (S::page.k_axis == KAxis::channel) {
-      attend_rows(page, ChannelAxis{}, v, is_masked);
+      attend_rows(page, ChannelAxis{}, v, begin, is_masked);
     } else {
       TokenAxis axis{TokenPair(page.k_token_vectors(0), warp_, lane_)};
       axis.tokens.mask(is_masked, 1.f);  // of scores that are -inf
-      attend_rows(page, axis, v, is_masked);
+      attend_rows(page, axis, v, begin, is_masked);
     }
   }
 
   template <class Axis>
-  __device__ void attend_rows(const Page& page, const Axis& axis, const TokenPair& v,
+  __device__ void attend_rows(const Page& page, const Axis& axis, const TokenPair& v, int begin,
                               const bool (&is_masked)[2]) {
     GroupTile<S> tSrS[1];
-    FragmentA tOrV[kChunkBlocks * GroupShape<S>::output_tiles];
+    const ValueWords<S> words(page, warp_, lane_);
     // Where m must rise, scores are made once more: most chunks need them only once.
     for (bool rises = false;; rises = true) {
+      KWords<S> key_words;
+      load_words<S>(page.k_units(0), lane_, warp_, key_words);
       FragmentA tSrK[S::tiles];
-      begin_scores<S>(page, operand_b<S>(storage_.scaled), warp_, lane_, tSrK, tSrS);
-      unpack_values(page, tOrV);
+      begin_scores<S>(key_words, scaled_, tSrK, tSrS);
       cute::warpgroup_wait<0>();
       fence<S>(tSrS);
-      mask(is_masked, tSrS[0]);
+      if (begin > 0) mask(is_masked, tSrS[0]);
       if (rises) {
         raise_group_maximum<S, Threads>(axis, v, tSrS[0], warp_, lane_, storage_, output_);
         Threads::sync();
       }
       const bool overflows =
-          weigh_group<S>(storage_, axis, v, warp_, lane_, tSrS[0], storage_.weights[turn_]);
+          weigh_group<S>(storage_, axis, v, lane_, tSrS[0], storage_.weights[turn_] + weights_row_);
       publish_operand();
-      if (!Threads::any(overflows && !rises)) break;
+      if (!arch::any_of_warpgroup(barrier_, overflows && !rises)) break;
     }
-    begin_values<kChunkBlocks, S>(tOrV, operand_b<S>(storage_.weights[turn_]), output_);
+    FragmentA tOrV[kChunkBlocks * GroupShape<S>::output_tiles];
+#pragma unroll
+    for (int i = 0; i < kChunkBlocks * GroupShape<S>::output_tiles; ++i) {
+      constexpr int kTiles = GroupShape<S>::output_tiles;
+      tOrV[i] = words.fragment(i % kTiles, i / kTiles);
+    }
+    begin_values<kChunkBlocks, S>(tOrV, weights_operand(), output_);
     add_sums<S>(tSrS[0], v, output_);
     end_values<S>(output_);
     turn_ ^= 1;
-  }
-
-  __device__ void unpack_values(
-      const Page& page, FragmentA (&tOrV)[kChunkBlocks * GroupShape<S>::output_tiles]) const {
-    constexpr int kTiles = GroupShape<S>::output_tiles;
-    const ValueWords<S> words(page, warp_, lane_);
-#pragma unroll
-    for (int i = 0; i < kChunkBlocks * kTiles; ++i)
-      tOrV[i] = words.fragment(i % kTiles, i / kTiles);
   }
 
   __device__ static void mask(const bool (&is_masked)[2], GroupTile<S>& tSrS) {
@@ -164,6 +169,12 @@ class GroupStream {
     }
   }
 
+  // Of the chunk's weights.
+  __device__ OperandB weights_operand() const {
+    constexpr int kBytes = sizeof(storage_.weights[0]);
+    return {weights_.low + turn_ * (kBytes / 16)};
+  }
+
   __device__ void attend_zone(int end, std::uint8_t* bytes) {
     output_.make_true();
     ColumnTensor<Q> sums;
@@ -171,13 +182,16 @@ class GroupStream {
     publish_operand();
     Threads::sync();
     add_zone_values<S>(bytes + kZoneTokens * zone_row_bytes(S::head_dim), end, warp_, lane_,
-                       storage_.weights[turn_], storage_, sums, output_);
+                       weights_operand(), storage_, sums, output_);
     turn_ ^= 1;
   }
 
   const DecodeArguments& a_;
   GroupStorage<S>& storage_;
   int lane_, warp_;
+  int barrier_;
+  int weights_row_;
+  OperandB scaled_, weights_;
   int turn_ = 0;  // of the weights' two places
   GroupOutput<S> output_;
 };

@@ -55,13 +55,18 @@ __device__ inline int scale_exponent(float scale) {
   return min(max((__float_as_int(scale) >> 23) - 126, -14), 16);
 }
 
-// Sums to p, in place, and to weights: written, not yet published. Returns whether a p is too large.
+// Where a lane's row of the first columns' weights lies: lane 8i + r has row r of the core matrix i of
+// (n, k), (n, k + 1), (n + 1, k), (n + 1, k + 1).
+template <Wgmma S>
+__device__ int weights_row(int warp, int lane) {
+  return core_matrix<S>(lane >> 4, 2 * warp + (lane >> 3 & 1)) / 4 + (lane & 7) * 4;
+}
+
+// Sums to p, in place, and to weights, from the lane's row on: written, not yet published. Returns whether a p is too large.
 template <Wgmma S, class Axis>
 __device__ bool weigh_group(const GroupStorage<S>& storage, const Axis& axis, const TokenPair& v,
-                            int warp, int lane, GroupTile<S>& tSrS, std::uint32_t* weights) {
+                            int lane, GroupTile<S>& tSrS, std::uint32_t* weights) {
   float top = 0.f;
-  // Lane 8i + r has the address of row r of matrix i: (n, k), (n, k + 1), (n + 1, k), (n + 1, k + 1).
-  const int matrix = core_matrix<S>(lane / 16, 2 * warp + lane / 8 % 2) / 4 + lane % 8 * 4;
 #pragma unroll
   for (int n = 0; n < GroupShape<S>::n_tiles; n += 2) {
     std::uint32_t pairs[4];
@@ -77,9 +82,9 @@ __device__ bool weigh_group(const GroupStorage<S>& storage, const Axis& axis, co
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         s[2 * row] =
-            arch::exp2(axis.sum(s[2 * row], row) * map.x + (axis.offset(query_sum.x, row) + map.z));
+            arch::exp2(axis.sum(s[2 * row], row) * map.x + axis.offset(map.z, query_sum.x, row));
         s[2 * row + 1] = arch::exp2(axis.sum(s[2 * row + 1], row) * map.y +
-                                    (axis.offset(query_sum.y, row) + map.w));
+                                    axis.offset(map.w, query_sum.y, row));
         pairs[2 * i + row] =
             as_bits(__floats2half2_rn(s[2 * row] * v.scale[row], s[2 * row + 1] * v.scale[row]));
       }
@@ -87,7 +92,7 @@ __device__ bool weigh_group(const GroupStorage<S>& storage, const Axis& axis, co
     }
     cute::SM90_U16x8_STSM_T::copy(
         pairs[0], pairs[1], pairs[2], pairs[3],
-        *reinterpret_cast<cute::uint128_t*>(weights + matrix + core_matrix<S>(n, 0) / 4));
+        *reinterpret_cast<cute::uint128_t*>(weights + core_matrix<S>(n, 0) / 4));
   }
   return top > power_of_two(15 - scale_exponent(fmaxf(v.scale[0], v.scale[1])));
 }
@@ -107,7 +112,7 @@ __device__ void raise_group_maximum(const Axis& axis, const TokenPair& v, const 
     float top = -INFINITY;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const float bias = axis.offset(storage.query_sum[column], row) + storage.bias[column];
+      const float bias = axis.offset(storage.bias[column], storage.query_sum[column], row);
       const float s = tSrS.d[c / 2 * 4 + 2 * row + c % 2];
       top = fmaxf(top, axis.sum(s, row) * factor + bias + e[row]);
     }
@@ -146,7 +151,7 @@ __device__ void add_sums(const GroupTile<S>& tSrP, const TokenPair& v, GroupOutp
   for (int c = 0; c < GroupShape<S>::lane_columns; ++c) {
     const float low = tSrP.d[c / 2 * 4 + c % 2], high = tSrP.d[c / 2 * 4 + c % 2 + 2];
     output.sum[c] += low + high;
-    output.zero_sum[c] += low * v.zero[0] + high * v.zero[1];
+    output.zero_sum[c] = low * v.zero[0] + (high * v.zero[1] + output.zero_sum[c]);
   }
 }
 
@@ -185,7 +190,7 @@ struct ValueWords {
 // O^T += A times Blocks blocks of weights, begun: `tOrV` of (tile, block), tiles fastest.
 template <int Blocks, Wgmma S>
 __device__ void begin_values(FragmentA (&tOrV)[Blocks * GroupShape<S>::output_tiles],
-                             std::uint64_t weights, GroupOutput<S>& output) {
+                             OperandB weights, GroupOutput<S>& output) {
   constexpr int kTiles = GroupShape<S>::output_tiles;
   fence<S>(output.tOrO);
   fence(tOrV);
@@ -194,12 +199,13 @@ __device__ void begin_values(FragmentA (&tOrV)[Blocks * GroupShape<S>::output_ti
   for (int block = 0; block < Blocks; ++block) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      multiply_group<S>(output.tOrO[i], tOrV[kTiles * block + i], operand_b_at<S>(weights, block),
+      multiply_group<S>(output.tOrO[i], tOrV[kTiles * block + i], descriptor_b<S>(weights, block),
                         true);
     }
   }
   cute::warpgroup_commit_batch();
 }
+// Whatever was begun is there.
 template <Wgmma S>
 __device__ void end_values(GroupOutput<S>& output) {
   cute::warpgroup_wait<0>();

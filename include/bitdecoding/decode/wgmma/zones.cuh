@@ -56,7 +56,7 @@ __device__ void weigh_zone(const std::uint8_t* rows, int end, int warp, int lane
 // The rest, once the weights are published. `rows`: V's.
 template <Wgmma S>
 __device__ void add_zone_values(const std::uint8_t* rows, int end, int warp, int lane,
-                                const std::uint32_t* weights, const GroupStorage<S>& storage,
+                                OperandB weights, const GroupStorage<S>& storage,
                                 const ColumnTensor<WarpColumns<S>>& sums, GroupOutput<S>& output) {
   using Q = WarpColumns<S>;
 #pragma unroll
@@ -69,7 +69,7 @@ __device__ void add_zone_values(const std::uint8_t* rows, int end, int warp, int
   }
   FragmentA tOrV[GroupShape<S>::output_tiles];
   load_zone_values<S>(rows + warp * GroupShape<S>::warp_channels * 2, end, lane, tOrV);
-  begin_values<1, S>(tOrV, operand_b<S>(weights), output);
+  begin_values<1, S>(tOrV, weights, output);
   end_values<S>(output);
 }
 
