@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "bitdecoding/decode/choice.hpp"
 #include "bitdecoding/decode/decode_plan.hpp"
 #include "bitdecoding/decode/kernel.cuh"
 #include "bitdecoding/launch.cuh"
@@ -78,6 +79,7 @@ template <class Row>
 cudaError_t plan_decode(const KvFormat& format, DecodePlan* plan) {
   constexpr DecodeConfig config = Row::config;
   using S = Shape<config>;
+  if (!serves(config, format)) return cudaErrorInvalidValue;
   *plan = {.format = format, .config = config};
   fit_items<Row>(plan);
   const auto kernel = decode_attention<Row>;
