@@ -12,12 +12,10 @@ __device__ int first_column(int warp) {
   return warp * WarpColumns<S>::columns;
 }
 
-// The affine map of column `column`.
+// Factor and, two further, offset of a lane's column c, in tiles of 8 columns from `tile` on.
 template <Wgmma S>
-__device__ void set_map(GroupStorage<S>& storage, int column, float factor, float offset) {
-  auto* map = reinterpret_cast<float*>(&storage.maps[column / 2]);
-  map[column % 2] = factor;
-  map[column % 2 + 2] = offset;
+__device__ float* column_map(GroupStorage<S>& storage, int tile, int c, int lane) {
+  return reinterpret_cast<float*>(&storage.maps[4 * (tile + c / 2) + (lane & 3)]) + c % 2;
 }
 
 template <Wgmma S>
@@ -63,7 +61,9 @@ __device__ void begin_queries(const QueryBits<WarpColumns<S>>& bits, const Decod
     storage.scale[column] = query.scale(c);
     storage.bias[column] = 0.f;
     storage.query_sum[column] = sums(c) * query.scale(c);
-    set_map<S>(storage, column, query.scale(c) * kCodeFactor, kWeightExponent<S> - kMaximumFloor);
+    float* map = column_map<S>(storage, warp * Q::n_tiles, c, lane);
+    map[0] = query.scale(c) * kCodeFactor;
+    map[2] = kWeightExponent<S> - kMaximumFloor;
   }
 }
 
@@ -86,8 +86,9 @@ __device__ void begin_channel_group(const Page& page, int warp, int lane,
     for (int c = 0; c < Q::lane_columns; ++c) {
       const int column = first_column<S>(warp) + Q::column(c, lane);
       storage.bias[column] = bias(c);
-      set_map<S>(storage, column, factor(c),
-                 bias(c) + (kWeightExponent<S> - storage.maximum[column]));
+      float* map = column_map<S>(storage, warp * Q::n_tiles, c, lane);
+      map[0] = factor(c);
+      map[2] = bias(c) + (kWeightExponent<S> - storage.maximum[column]);
     }
   }
 }

@@ -11,6 +11,7 @@ namespace bitdecoding::decode {
 struct TokenPair {
   float scale[2], zero[2];
 
+  TokenPair() = default;
   // `vectors` (g, scale | zero): 16-byte pieces, tokens 8i + g.
   template <class Vectors>
   __device__ TokenPair(const Vectors& vectors, int warp, int lane) {
@@ -40,6 +41,7 @@ __device__ void begin_scores(const KWords<S>& words, OperandB scaled, FragmentA 
   for (int k = 0; k < S::tiles; ++k) tSrK[k] = k_halves<S::page.k_bits>(words, k);
   fence<S>(tSrS);
   fence(tSrK);
+  cute::warpgroup_fence_operand(scaled.low);  // descriptors are made here, not in front of loops
   cute::warpgroup_arrive();
 #pragma unroll
   for (int k = 0; k < S::tiles; ++k) {

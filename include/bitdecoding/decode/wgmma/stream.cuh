@@ -23,6 +23,7 @@ class GroupStream {
         storage_(storage),
         lane_(arch::lane_id()),
         warp_(Threads::warp()),
+        first_token_(16 * warp_ + lane_ / 4),
         barrier_(Threads::barrier()),
         weights_row_(weights_row<S>(warp_, lane_)),
         scaled_(operand_b<S>(storage.scaled)),
@@ -113,31 +114,36 @@ class GroupStream {
     }
   }
 
-  // Tokens before `begin` (of the chunk) are not attended to.
-  __device__ void attend_chunk(const Page& page, int begin) {
-    const bool is_masked[2] = {16 * warp_ + lane_ / 4 < begin, 16 * warp_ + lane_ / 4 + 8 < begin};
-    TokenPair v(page.v_token_vectors(0), warp_, lane_);
-    v.mask(is_masked, 0.f);
+  using Axis = std::conditional_t<S::page.k_axis == KAxis::channel, ChannelAxis, TokenAxis>;
+
+  __device__ Axis load_axis(const Page& page, const bool (&is_masked)[2]) const {
     if constexpr (S::page.k_axis == KAxis::channel) {
-      attend_rows(page, ChannelAxis{}, v, begin, is_masked);
+      return {};
     } else {
-      TokenAxis axis{TokenPair(page.k_token_vectors(0), warp_, lane_)};
-      axis.tokens.mask(is_masked, 1.f);  // of scores that are -inf
-      attend_rows(page, axis, v, begin, is_masked);
+      TokenPair tokens(page.k_token_vectors(0), warp_, lane_);
+      tokens.mask(is_masked, 1.f);  // of scores that are -inf
+      return {tokens};
     }
   }
 
-  template <class Axis>
-  __device__ void attend_rows(const Page& page, const Axis& axis, const TokenPair& v, int begin,
-                              const bool (&is_masked)[2]) {
+  // Tokens before `begin` (of the chunk) are not attended to.
+  __device__ void attend_chunk(const Page& page, int begin) {
+    OperandB weights = weights_operand();
+    weights.low = __shfl_sync(0xffffffffu, weights.low, 0);
+    const bool is_masked[2] = {first_token_ < begin, first_token_ + 8 < begin};
     GroupTile<S> tSrS[1];
-    const ValueWords<S> words(page, warp_, lane_);
+    TokenPair v;
+    ValueWords<S> words;
     // Where m must rise, scores are made once more: most chunks need them only once.
     for (bool rises = false;; rises = true) {
       KWords<S> key_words;
       load_words<S>(page.k_units(0), lane_, warp_, key_words);
       FragmentA tSrK[S::tiles];
       begin_scores<S>(key_words, scaled_, tSrK, tSrS);
+      words = ValueWords<S>(page, warp_, lane_);
+      v = TokenPair(page.v_token_vectors(0), warp_, lane_);
+      v.mask(is_masked, 0.f);
+      const Axis axis = load_axis(page, is_masked);
       cute::warpgroup_wait<0>();
       fence<S>(tSrS);
       if (begin > 0) mask(is_masked, tSrS[0]);
@@ -150,16 +156,20 @@ class GroupStream {
       publish_operand();
       if (!arch::any_of_warpgroup(barrier_, overflows && !rises)) break;
     }
-    FragmentA tOrV[kChunkBlocks * GroupShape<S>::output_tiles];
-#pragma unroll
-    for (int i = 0; i < kChunkBlocks * GroupShape<S>::output_tiles; ++i) {
-      constexpr int kTiles = GroupShape<S>::output_tiles;
-      tOrV[i] = words.fragment(i % kTiles, i / kTiles);
-    }
-    begin_values<kChunkBlocks, S>(tOrV, weights_operand(), output_);
+    add_values(words, weights);
     add_sums<S>(tSrS[0], v, output_);
     end_values<S>(output_);
     turn_ ^= 1;
+  }
+
+  __device__ void add_values(const ValueWords<S>& words, OperandB weights) {
+    constexpr int kTiles = GroupShape<S>::output_tiles;
+    FragmentA tOrV[kChunkBlocks * kTiles];
+#pragma unroll
+    for (int i = 0; i < kChunkBlocks * kTiles; ++i) {
+      tOrV[i] = words.fragment(i % kTiles, i / kTiles);
+    }
+    begin_values<kChunkBlocks, S>(tOrV, weights, output_);
   }
 
   __device__ static void mask(const bool (&is_masked)[2], GroupTile<S>& tSrS) {
@@ -189,6 +199,7 @@ class GroupStream {
   const DecodeArguments& a_;
   GroupStorage<S>& storage_;
   int lane_, warp_;
+  int first_token_;  // of a chunk; the lane's other one is 8 behind
   int barrier_;
   int weights_row_;
   OperandB scaled_, weights_;

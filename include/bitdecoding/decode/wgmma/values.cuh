@@ -73,11 +73,11 @@ __device__ bool weigh_group(const GroupStorage<S>& storage, const Axis& axis, co
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float* s = tSrS.d + 4 * (n + i);
-      const float4 map = storage.maps[4 * (n + i) + lane % 4];
+      const float4 map = storage.maps[4 * (n + i) + (lane & 3)];
       float2 query_sum{};
       if constexpr (S::page.k_axis == KAxis::token) {
         query_sum =
-            *reinterpret_cast<const float2*>(&storage.query_sum[8 * (n + i) + lane % 4 * 2]);
+            *reinterpret_cast<const float2*>(&storage.query_sum[8 * (n + i) + (lane & 3) * 2]);
       }
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
@@ -104,11 +104,11 @@ __device__ void raise_group_maximum(const Axis& axis, const TokenPair& v, const 
                                     GroupOutput<S>& output) {
   const float e[2] = {static_cast<float>(scale_exponent(v.scale[0])),
                       static_cast<float>(scale_exponent(v.scale[1]))};
-  const auto column_of = [&](int c) { return c / 2 * 8 + lane % 4 * 2 + c % 2; };
+  const auto column_of = [&](int c) { return c / 2 * 8 + (lane & 3) * 2 + c % 2; };
 #pragma unroll
   for (int c = 0; c < GroupShape<S>::lane_columns; ++c) {
     const int column = column_of(c);
-    const float factor = reinterpret_cast<const float*>(&storage.maps[column / 2])[column % 2];
+    const float factor = *column_map<S>(storage, 0, c, lane);
     float top = -INFINITY;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -140,8 +140,7 @@ __device__ void raise_group_maximum(const Axis& axis, const TokenPair& v, const 
   for (int c = 0; c < GroupShape<S>::lane_columns; ++c) {
     const int column = column_of(c);
     storage.maximum[column] = raised[c];
-    reinterpret_cast<float*>(&storage.maps[column / 2])[column % 2 + 2] =
-        storage.bias[column] + (kWeightExponent<S> - raised[c]);
+    column_map<S>(storage, 0, c, lane)[2] = storage.bias[column] + (kWeightExponent<S> - raised[c]);
   }
 }
 
@@ -161,6 +160,7 @@ struct ValueWords {
   static constexpr int kWords = S::V::v_part_words * kChunkBlocks;
   std::uint32_t word[kWords];
 
+  ValueWords() = default;
   template <class Page>
   __device__ ValueWords(const Page& page, int warp, int lane) {
     const auto units = page.v_units(0);
@@ -194,6 +194,7 @@ __device__ void begin_values(FragmentA (&tOrV)[Blocks * GroupShape<S>::output_ti
   constexpr int kTiles = GroupShape<S>::output_tiles;
   fence<S>(output.tOrO);
   fence(tOrV);
+  cute::warpgroup_fence_operand(weights.low);  // descriptors are made here, not in front of loops
   cute::warpgroup_arrive();
 #pragma unroll
   for (int block = 0; block < Blocks; ++block) {
