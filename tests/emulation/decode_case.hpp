@@ -102,8 +102,8 @@ inline KvFormat draw_format(const decode::DecodeConfig& config, Draw& draw) {
 // Warps of a CTA: streams of one or four.
 inline int draw_warps(const decode::DecodeConfig& config, int first, Draw& draw) {
   const int of_stream = decode::stream_warps(config);
-  const int most = config.query_columns <= 8 || config.query_columns == 32 ? 12 : 8;
-  return draw.between((first + of_stream - 1) / of_stream, most / of_stream) * of_stream;
+  return draw.between((first + of_stream - 1) / of_stream, decode::max_warps(config) / of_stream) *
+         of_stream;
 }
 
 // The grid, and items of pages or chunks.

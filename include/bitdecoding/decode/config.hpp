@@ -37,6 +37,11 @@ constexpr int stream_warps(const DecodeConfig& config) {
   return config.product() == Product::wgmma ? 4 : 1;
 }
 
+// Warps of a CTA, one CTA per SM: as many as the registers of a stream allow.
+constexpr int max_warps(const DecodeConfig& config) {
+  return config.query_columns <= 8 || config.query_columns == 32 ? 12 : 8;
+}
+
 // Tokens of a 16-bit tile: about the bytes of one packed chunk.
 inline constexpr int kZoneTokens = 16;
 // Rows of a 16-bit tile are padded in shared memory, so that eight rows meet eight bank groups.

@@ -11,28 +11,15 @@
 
 namespace bitdecoding::decode {
 
-// Warps of a CTA, one CTA per SM: as many as the registers of a stream allow.
-template <DecodeConfig Config>
-inline constexpr int kMaxWarps = Config.query_columns <= 8 || Config.query_columns == 32 ? 12 : 8;
+// Of any kernel.
 inline constexpr int kMostWarps = 12;
 
 // What the streams leave to the CTA.
 struct CtaStorage {
-  SegmentPlace partials[kMostWarps]
-                       [2];     // of the segment that ends in the stream's share and of its
-                                // last segment; sequence -1: none
+  // Of the segment that ends in the stream's share and of its last one; sequence -1: none.
+  SegmentPlace partials[kMostWarps][2];
   int last_stages[kMostWarps];  // of the ring: where a warp's last segment's partial lies
 };
-
-// What a stream has in shared memory in front of all rings.
-template <DecodeConfig Config>
-constexpr int stream_storage_bytes() {
-  if constexpr (Config.product() == Product::wgmma) {
-    return sizeof(GroupStorage<Shape<Config>>);
-  } else {
-    return 0;
-  }
-}
 
 // Starts what would otherwise be waited for one after the other while the lengths are being read:
 // queries and block table come to the L2 cache, and the SM learns the addresses of the arrays, one
@@ -402,7 +389,7 @@ class DecodeCta {
 };
 
 template <class Row>
-__global__ void __launch_bounds__(kMaxWarps<Row::config> * 32, 1)
+__global__ void __launch_bounds__(max_warps(Row::config) * 32, 1)
     decode_attention(const __grid_constant__ DecodeArguments arguments) {
   extern __shared__ __align__(128) std::uint8_t smem[];
   DecodeCta<Row::config>(arguments, smem).run();

@@ -51,7 +51,7 @@ void fit_rings(int packed_bytes, DecodePlan* plan) {
       "4 warps have two stages in every format");
   plan->stage_bytes = layout::round_up(std::max(packed_bytes, kLeastStageBytes<config>), 128);
   const int limit = shared_limit_bytes(config.arch);
-  for (plan->warps = kMaxWarps<config>;; plan->warps -= 4) {
+  for (plan->warps = max_warps(config);; plan->warps -= 4) {
     const int streams = plan->warps / kStreamWarps;
     const int fixed = static_cast<int>(sizeof(CtaStorage) + plan->warps * sizeof(WarpStorage)) +
                       streams * kStreamBytes;

@@ -25,6 +25,16 @@ struct alignas(kCoreBytes) GroupStorage {
   __device__ Partial<S>& partial() { return *reinterpret_cast<Partial<S>*>(scaled); }
 };
 
+// What a stream has in shared memory in front of all rings.
+template <DecodeConfig Config>
+constexpr int stream_storage_bytes() {
+  if constexpr (Config.product() == Product::wgmma) {
+    return sizeof(GroupStorage<Shape<Config>>);
+  } else {
+    return 0;
+  }
+}
+
 // The words of its columns' q that a lane has as operand B of a warp's MMA.
 template <Wgmma S>
 __device__ uint4* lane_words(GroupStorage<S>& storage, int warp, int lane) {
