@@ -74,8 +74,8 @@ class Machine {
         late_cta_ < 0 ? std::pair(0, 0)
                       : std::pair(late_cta_ * grid_.threads, (late_cta_ + 1) * grid_.threads));
     require(bulk_copies_.empty(), "the grid ends before its bulk copies have landed");
-    for (const Group& group : groups_) {
-      require(group.products.empty(), "the grid ends before its wgmmas");
+    for (const Warp& warp : warps_) {
+      require(warp.products.empty(), "the grid ends before its wgmmas");
     }
   }
 
@@ -95,7 +95,7 @@ class Machine {
   template <class Argument, class Act>
   void meet_group(std::string_view operation, Argument& mine, const Act& act) {
     require(threads() % kGroupThreads == 0, "a warpgroup is not whole");
-    meet_in(group(), operation, mine, act);
+    meet_in(groups_[fibers_.current() / kGroupThreads], operation, mine, act);
   }
   void sync_threads() {
     Cta& mine = ctas_[cta()];
@@ -108,14 +108,16 @@ class Machine {
   int draw(int below) { return static_cast<int>(random_() % static_cast<unsigned>(below)); }
 
   // ---- wgmma ----
-  // Products of the current thread's warpgroup are done in their order: now or when it waits.
+  // Products of the current thread's warp are done in their order: now or when it waits.
   void begin_product(const std::function<void()>& product) {
-    if (group().products.empty() && draw(2) == 0) return product();
-    group().products.push_back(product);
+    Warp& mine = warps_[fibers_.current() / kLanes];
+    if (mine.products.empty() && draw(2) == 0) return product();
+    mine.products.push_back(product);
   }
   void end_products() {
-    for (const auto& product : group().products) product();
-    group().products.clear();
+    Warp& mine = warps_[fibers_.current() / kLanes];
+    for (const auto& product : mine.products) product();
+    mine.products.clear();
   }
 
   // A shared-memory address, and what it names.
@@ -213,10 +215,10 @@ class Machine {
     int arrived = 0;
     std::array<void*, Threads> arguments;
   };
-  using Warp = Meeting<kLanes>;
-  struct Group : Meeting<kGroupThreads> {
-    std::vector<std::function<void()>> products;  // begun
+  struct Warp : Meeting<kLanes> {
+    std::vector<std::function<void()>> products;  // of wgmmas that are begun
   };
+  using Group = Meeting<kGroupThreads>;
   struct Barrier {
     int arrivals;  // of a phase
     int missing;
@@ -244,8 +246,6 @@ class Machine {
     (void)first[0];
     (void)first[bytes - 1];
   }
-
-  Group& group() { return groups_[fibers_.current() / kGroupThreads]; }
 
   template <class Place, class Argument, class Act>
   void meet_in(Place& place, std::string_view operation, Argument& mine, const Act& act) {

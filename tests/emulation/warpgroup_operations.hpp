@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the 128 threads of a warpgroup do together: barriers, and products whose B operand lies in
-// shared memory. A product happens when it is begun, or when the group waits for it.
+// shared memory. Each warp's quarter of a product happens when it is begun, or when the warp waits.
 #pragma once
 
 #include <array>
@@ -30,7 +30,7 @@ inline bool any_of_group(int barrier, bool holds) {
   return mine.holds;
 }
 
-// One thread's part of D (64 x Columns) = A (64x16) B (16 x Columns) + C: warp w has 16 rows of A and D.
+// One thread's part of a warp's D (16 x Columns) = A (16x16) B (16 x Columns) + C.
 template <int Columns>
 struct GroupMmaTurn {
   std::array<std::uint32_t, 4> a;  // see MmaTurn
@@ -59,44 +59,43 @@ std::array<std::array<float, Columns>, 16> read_operand(std::uint64_t descriptor
 }
 
 template <int Columns>
-void multiply_group(const std::array<GroupMmaTurn<Columns>, kGroupThreads>& threads) {
-  static float a[64][16];
-  for (int thread = 0; thread < kGroupThreads; ++thread) {
-    const int lane = thread % kLanes, g = lane / 4, t = lane % 4, first = thread / kLanes * 16;
-    require(threads[thread].b == threads[0].b, "threads of a warpgroup have other operands");
+void multiply_quarter(const std::array<GroupMmaTurn<Columns>, kLanes>& lanes) {
+  static float a[16][16];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    require(lanes[lane].b == lanes[0].b, "lanes have other operands");
     for (int i = 0; i < 4; ++i) {
       for (int half = 0; half < 2; ++half) {
-        a[first + g + 8 * (i % 2)][2 * t + half + 8 * (i / 2)] =
-            fp16_value(threads[thread].a[i] >> 16 * half);
+        a[g + 8 * (i % 2)][2 * t + half + 8 * (i / 2)] = fp16_value(lanes[lane].a[i] >> 16 * half);
       }
     }
   }
-  const auto b = read_operand<Columns>(threads[0].b);
-  for (int row = 0; row < 64; ++row) {
+  const auto b = read_operand<Columns>(lanes[0].b);
+  for (int row = 0; row < 16; ++row) {
     std::array<float, Columns> sums{};
     for (int k = 0; k < 16; ++k) {
       for (int n = 0; n < Columns; ++n) sums[n] += a[row][k] * b[k][n];
     }
     for (int n = 0; n < Columns; ++n) {
-      const int thread = row / 16 * kLanes + row % 8 * 4 + n % 8 / 2;
-      float& d = *threads[thread].d[n / 8 * 4 + row % 16 / 8 * 2 + n % 2];
-      d = threads[thread].adds ? d + sums[n] : sums[n];
+      const GroupMmaTurn<Columns>& to = lanes[row % 8 * 4 + n % 8 / 2];
+      float& d = *to.d[n / 8 * 4 + row / 8 * 2 + n % 2];
+      d = to.adds ? d + sums[n] : sums[n];
     }
   }
 }
 
 template <int Columns>
 void begin_group_mma(GroupMmaTurn<Columns> mine) {
-  machine()->meet_group("wgmma", mine, [](const GroupLanes<GroupMmaTurn<Columns>>& lanes) {
-    std::array<GroupMmaTurn<Columns>, kGroupThreads> threads;
-    for (int i = 0; i < kGroupThreads; ++i) threads[i] = *lanes[i];
-    machine()->begin_product([threads] { multiply_group<Columns>(threads); });
+  machine()->meet("wgmma", mine, [](const Lanes<GroupMmaTurn<Columns>>& all) {
+    std::array<GroupMmaTurn<Columns>, kLanes> lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = *all[i];
+    machine()->begin_product([lanes] { multiply_quarter<Columns>(lanes); });
   });
 }
 inline void end_group_mmas() {
   int nothing = 0;
-  machine()->meet_group("wgmma.wait_group", nothing,
-                        [](const GroupLanes<int>&) { machine()->end_products(); });
+  machine()->meet("wgmma.wait_group", nothing,
+                  [](const Lanes<int>&) { machine()->end_products(); });
 }
 
 // Four matrices of a warp, each transposed as it is stored; lane 8i + r has the address of row r of i.
