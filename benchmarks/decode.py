@@ -1,195 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention over low-bit caches, beside torch's FlashAttention-2 and cuDNN over fp16 ones.
+"""Decode attention over low-bit caches, beside 16-bit attention of torch and FlashInfer.
 
 python benchmarks/decode.py --output benchmarks/results/decode.json
+python benchmarks/decode.py --tags grid --output benchmarks/results/grid.json
+python benchmarks/decode.py --cases 8x8x4@131072 --formats k2v2_c128_v128_p128_d128 --quick
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import Device, ceiling_rows, flashinfer_rows, torch_rows
 from decode_cases import (
-    CASES,
-    FORMATS,
-    HEAD_DIM,
-    Case,
     Zones,
     caches,
     copies_needed,
     copy_engine,
     decode_bytes,
     kernel_row,
-    launches_needed,
     queries,
-    sixteen_bit_bytes,
 )
-from measure import graph_time_us, host_us, machine, time_us
+from measure import machine
+from results import Results, Row, ceiling, completed, is_ours, save
 from rich.console import Console
 from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from shapes import Case, ceiling_case
+from suites import FORMATS, PLAN, SUITES, TARGETS, Measurement, Plan, planned
+from work import QUICK, Effort, Work, measure
 
-from bitdecoding import KvFormat, PagedKvCache
+from bitdecoding import KvFormat
 
-Row = dict[str, Any]
-
-# What a row has that cannot be timed, beside the reason in "error".
-UNTIMED = {"time_us": None, "p10_us": None, "p90_us": None, "iterations": 0}
-SDPA = {
-    "torch SDPA FlashAttention-2": SDPBackend.FLASH_ATTENTION,
-    "torch SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
-}
-
-
-@dataclass
-class Work:
-    """Calls that do the same on different memory and, of our decode, what shows that they did."""
-
-    calls: Sequence[Callable[[], Any]]
-    out: torch.Tensor | None = None
-    caches: list[PagedKvCache] = field(default_factory=list)
-
-    def poison(self) -> None:
-        if self.out is not None:
-            self.out.fill_(torch.nan)
-
-    def verify(self) -> None:
-        for one in self.caches:
-            one.check()
-        if self.out is not None and not bool(self.out.isfinite().all()):
-            raise RuntimeError("the output is not finite")
-
-
-def measure(label: Row, make: Callable[[], Work], args: argparse.Namespace) -> list[Row]:
-    """The rows of one implementation: graph replays, plain launches. One that refuses says why."""
-    modes: dict[str, Callable[[Sequence[Callable[[], Any]]], Row]] = {
-        "graph": lambda calls: graph_time_us(calls, launches_needed(len(calls)), args.replays),
-        "plain": lambda calls: time_us(calls, args.launches),
-    }
-    rows = []
-    work, host = None, None
-    for mode, timed in modes.items():
-        try:
-            if work is None:
-                work = make()
-                host = host_us(work.calls)
-            work.poison()
-            found = timed(work.calls)
-            work.verify()
-        except (RuntimeError, ValueError, LookupError) as error:
-            found = UNTIMED | {"error": str(error).strip().partition("\n")[0]}
-        rows.append(label | {"mode": mode, "host_us": host} | found)
-    return rows
-
-
-def case_facts(case: Case) -> Row:
-    return {
-        "batch": case.batch,
-        "heads_kv": case.heads_kv,
-        "group": case.group,
-        "length": case.length,
-    }
+LOW_CEILING = 4.5  # TB/s; an H200 that reads less is not at its best: repeat the run
 
 
 def decode_rows(
-    case: Case, fmt: KvFormat, zones: Zones, args: argparse.Namespace, l2_bytes: int
+    case: Case, one: Measurement, zones: Zones, where: Device, effort: Effort
 ) -> list[Row]:
     """Our decode over one format, by the kernel that its plan chooses or the one asked for."""
+    fmt = KvFormat.parse(one.format)
     moved = decode_bytes(case, fmt, zones)
-    label = case_facts(case) | {
-        "format": str(fmt),
+    chosen = one.kernel == PLAN
+    label = case.facts() | {
+        "format": one.format,
         "sinks": zones.sinks,
         "recent": zones.recent,
+        "selection": one.kernel,
         "bytes": moved,
         "copy": None,
-        "kernel": args.kernel,
+        "kernel": None if chosen else one.kernel,
     }
 
     def make() -> Work:
-        named = args.kernel
-        if named is not None:
-            named = kernel_row(named, fmt, case.group)
-        copies = caches(case, fmt, zones, copies_needed(moved, l2_bytes), args.device)
-        q = queries(case, fmt.head_dim, args.device)
+        named = None
+        if not chosen:
+            named = kernel_row(one.kernel, fmt, case.columns)
+        copies = caches(case, fmt, zones, copies_needed(moved, where.l2_bytes), where.device)
+        q = queries(case, where.device)
         out = torch.empty_like(q)
-        plan = copies[0].plan_decode(query_heads=q.shape[2], kernel=named)
+        plan = copies[0].plan_decode(
+            query_heads=q.shape[2], query_tokens=case.query_tokens, kernel=named
+        )
         label.update(kernel=plan["kernel"], copy=copy_engine(plan["kernel"]))
         calls = [partial(copy.decode, q, out=out, kernel=named) for copy in copies]
         return Work(calls, out, copies)
 
-    return measure(label, make, args)
+    return measure(label, make, effort)
 
 
-def baseline_rows(case: Case, args: argparse.Namespace, l2_bytes: int) -> list[Row]:
-    """torch over contiguous fp16 K and V; in the first case also plain reads and copies of them."""
-    moved = sixteen_bit_bytes(case, HEAD_DIM)
-    shape = (case.batch, case.heads_kv, case.length, HEAD_DIM)
-    pairs = [
-        [torch.randn(shape, dtype=torch.float16, device=args.device) for _ in range(2)]
-        for _ in range(copies_needed(moved, l2_bytes))
-    ]
-    q = queries(case, HEAD_DIM, args.device).view(case.batch, -1, 1, HEAD_DIM)  # (B, Hq, 1, D)
-    label = case_facts(case) | {"format": "float16", "sinks": None, "recent": None, "copy": None}
-    attend = [
-        partial(scaled_dot_product_attention, q, k, v, enable_gqa=case.group > 1) for k, v in pairs
-    ]
-    rows = []
-    for name, backend in SDPA.items():
-        with sdpa_kernel(backend):
-            rows += measure(label | {"bytes": moved, "kernel": name}, lambda: Work(attend), args)
-    if case == CASES[0]:
-        one = pairs[0][0].nbytes
-        reads = [partial(torch.sum, x.view(torch.float32)) for pair in pairs for x in pair]
-        copy = [partial(y.copy_, x) for x, y in zip(pairs[0], pairs[1], strict=True)]
-        rows += measure(
-            label | {"bytes": one, "kernel": "torch sum, read"}, lambda: Work(reads), args
-        )
-        rows += measure(
-            label | {"bytes": 2 * one, "kernel": "torch copy_, read and written"},
-            lambda: Work(copy),
-            args,
-        )
+def case_rows(
+    case: Case, plan: Plan, zones: list[Zones], where: Device, args: argparse.Namespace
+) -> list[Row]:
+    """All rows of a case that the run doesn't have yet."""
+    rows: list[Row] = []
+    if args.baselines and plan.baselines:
+        if not (args.ceiling and case == ceiling_case()):
+            rows += torch_rows(case, where, args.effort)
+            torch.cuda.empty_cache()
+        rows += flashinfer_rows(case, where, args.effort)
+        torch.cuda.empty_cache()
+    for one in plan.ours:
+        for zone in zones:
+            rows += decode_rows(case, one, zone, where, args.effort)
+            torch.cuda.empty_cache()
     return rows
 
 
-COLUMNS = (
-    "batch", "heads_kv", "group", "length", "format", "mode", "sinks", "recent", "time_us",
-    "p10_us", "p90_us", "host_us", "bytes", "tb_per_s", "copy", "kernel", "gpu", "driver", "nvcc",
-    "torch", "commit", "iterations", "error",
-)  # fmt: skip
-
-
-def finished(row: Row, facts: Row) -> Row:
-    """The row with its rate and the facts of the machine, in the order of COLUMNS."""
-    time = row["time_us"]
-    rate = None if time is None else round(row["bytes"] / time / 1e6, 3)
-    complete = row | {"tb_per_s": rate} | facts
-    return {name: complete[name] for name in COLUMNS if name in complete}
-
-
-def print_rows(case: Case, rows: list[Row]) -> None:
-    table = Table("format", "zones", "kernel", "mode", "us", "p10", "p90", "host us", "TB/s")
+def print_rows(title: str, rows: list[Row]) -> None:
+    columns = ("format", "zones", "kernel", "mode", "us", "p10", "p90", "host us", "TB/s", "of C")
+    names = ("time_us", "p10_us", "p90_us", "host_us", "tb_per_s", "fraction_of_ceiling")
+    table = Table(*columns, "x 16-bit", title=title)
     for row in rows:
         zones = "" if row["sinks"] is None else f"{row['sinks']}/{row['recent']}"
-        numbers = [row[name] for name in ("time_us", "p10_us", "p90_us", "host_us", "tb_per_s")]
+        numbers = [row.get(name) for name in (*names, "speedup_best_16bit")]
         texts = ["" if number is None else str(number) for number in numbers]
         texts[0] = texts[0] or row["error"]
         table.add_row(row["format"], zones, row["kernel"], row["mode"], *texts)
-    table.title = str(case)
-    Console(width=160).print(table)
-
-
-def save(rows: list[Row], path: Path) -> None:
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    path.write_text(f"[\n{lines}\n]\n")
+    Console(width=170).print(table)
 
 
 def converter(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -204,56 +118,107 @@ def converter(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    several = parser.add_argument_group("what is measured")
-    for name, parse, default, metavar in (
-        ("--cases", Case.parse, CASES, "BxHxG@L"),
-        ("--formats", KvFormat.parse, [KvFormat.parse(name) for name in FORMATS], "FORMAT"),
-        ("--zones", Zones.parse, (Zones(16, 64), Zones(0, 0)), "FIRST/NEWEST"),
-    ):
-        several.add_argument(
-            name, nargs="+", type=converter(parse), default=default, metavar=metavar,
-            help=f"default: {' '.join(str(one) for one in default)}",
-        )  # fmt: skip
-    several.add_argument(
-        "--kernel",
-        metavar="ROW",
-        help="a row of the kernel table or a pattern: 'decode_sm80_*'; default: the plan's choice",
-    )
-    several.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--quick", action="store_true", help="few iterations")
-    parser.add_argument("--output", type=Path, help="write the rows as JSON, after every case")
-    args = parser.parse_args()
-    if args.baselines and any(fmt.head_dim != HEAD_DIM for fmt in args.formats):
-        parser.error(f"--formats: head_dim other than {HEAD_DIM} needs --no-baselines")
-    args.replays, args.launches = (10, 20) if args.quick else (100, 200)
-    return args
+    what = options.add_argument_group("what is measured")
+    what.add_argument(
+        "--tags", nargs="+", choices=tuple(SUITES), default=TARGETS, metavar="TAG",
+        help=f"shapes of shapes.csv, with what suites.py says of them; default: {' '.join(TARGETS)}"
+        "; also: grid, quick",
+    )  # fmt: skip
+    what.add_argument(
+        "--cases", nargs="+", type=converter(Case.parse), metavar="BxHxG@L",
+        help="these shapes instead, such as 8x8x4@4096 or 8x8x4@1024-4096:q2:d64",
+    )  # fmt: skip
+    what.add_argument(
+        "--formats", nargs="+", type=converter(KvFormat.parse), metavar="FORMAT",
+        help=f"with --cases; default: {' '.join(FORMATS)}",
+    )  # fmt: skip
+    what.add_argument(
+        "--kernel", metavar="ROW",
+        help="a row of the kernel table or a pattern: 'decode_sm80_*'; default: what suites say",
+    )  # fmt: skip
+    what.add_argument(
+        "--zones", nargs="+", type=converter(Zones.parse), default=[Zones(16, 64)],
+        metavar="FIRST/NEWEST", help="default: 16/64",
+    )  # fmt: skip
+    how = options.add_argument_group("how")
+    how.add_argument("--modes", nargs="+", choices=("graph", "plain"), default=["graph"])
+    how.add_argument("--quick", action="store_true", help="few iterations")
+    how.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
+    how.add_argument(
+        "--ceiling", action=argparse.BooleanOptionalAction, default=True,
+        help="measure C first, which takes 8.6 GB",
+    )  # fmt: skip
+    how.add_argument(
+        "--read-command", metavar="COMMAND",
+        help="a program that times a plain read: its last line is JSON (baselines.reported_read)",
+    )  # fmt: skip
+    options.add_argument("--output", type=Path, help="write the rows as JSON, after every case")
+    return options
+
+
+def plans_of(args: argparse.Namespace) -> dict[Case, Plan]:
+    """What the arguments ask for, case by case. ValueError where they don't fit each other."""
+    if args.cases is None:
+        if args.formats is not None:
+            raise ValueError("--formats needs --cases: suites have formats of their own")
+        plans = planned(args.tags)
+        if args.kernel is not None:
+            for plan in plans.values():
+                formats = dict.fromkeys(one.format for one in plan.ours)
+                plan.ours = [Measurement(name, args.kernel) for name in formats]
+        return plans
+    chosen = args.formats or [KvFormat.parse(name) for name in FORMATS]
+    plans = {}
+    for case in args.cases:
+        for fmt in chosen:
+            if fmt.head_dim != case.head_dim:
+                raise ValueError(f"--formats: {fmt} for {case}; allowed: head_dim {case.head_dim}")
+        ours = [Measurement(str(fmt), args.kernel or PLAN) for fmt in chosen]
+        plans[case] = Plan(ours, baselines=True)
+    return plans
 
 
 def main() -> None:
-    args = arguments()
-    args.device = torch.device("cuda", torch.cuda.current_device())
-    properties = torch.cuda.get_device_properties(args.device)
+    options = parser()
+    args = options.parse_args()
+    try:
+        plans = plans_of(args)
+    except ValueError as error:
+        options.error(str(error))
+    args.effort = replace(QUICK if args.quick else Effort(), modes=tuple(args.modes))
+    begin = time.monotonic()
     facts = machine()
+    where = Device(torch.device("cuda", torch.cuda.current_device()), facts["l2_bytes"])
     rows: list[Row] = []
-    for case in args.cases:
-        found = []
-        if args.baselines:
-            found += baseline_rows(case, args, properties.L2_cache_size)
-            torch.cuda.empty_cache()
-        for fmt in args.formats:
-            for zones in args.zones:
-                found += decode_rows(case, fmt, zones, args, properties.L2_cache_size)
-                torch.cuda.empty_cache()
-        found = [finished(row, facts) for row in found]
-        print_rows(case, found)
-        rows += found
+    if args.ceiling:
+        rows = completed(
+            ceiling_rows(where, args.effort, args.read_command, torch.cuda.empty_cache)
+        )
+        print_rows(f"{ceiling_case()}: the ceiling", rows)
+    for case, plan in plans.items():
+        known = len(rows)
+        rows = completed(rows + case_rows(case, plan, args.zones, where, args))
+        print_rows(str(case), rows[known:])
         if args.output is not None:
-            save(rows, args.output)
-    refused = [row for row in rows if "error" in row and row["format"] != "float16"]
+            save(args.output, Results(facts, rows))
+    report(rows, time.monotonic() - begin, facts)
+
+
+def report(rows: list[Row], seconds: float, facts: Row) -> None:
+    """The last lines; exits with 1 where a row of ours has no time."""
+    best = ceiling(rows)
+    if best is not None:
+        print(f"C = {best['tb_per_s']} TB/s ({best['kernel']})")
+        if best["tb_per_s"] < LOW_CEILING:
+            print(f"C is below {LOW_CEILING} TB/s: repeat the run")
+    if facts["flashinfer"] is None:
+        print("FlashInfer isn't installed: no rows of it")
+    print(f"{len(rows)} rows in {seconds:.0f} s")
+    refused = [row for row in rows if "error" in row and is_ours(row)]
     if refused:
         sys.exit(f"{len(refused)} rows of ours could not be timed: {refused[0]['error']}")
 

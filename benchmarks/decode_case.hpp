@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What decode_kernel is asked to time, what that must read, and how often: pure, tested on the
-// host. The rules are those of decode_cases.py.
+// What decode_kernel and stages are asked to time, what that must read, and how often: pure, tested
+// on the host. The rules are those of decode_cases.py.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -97,6 +98,36 @@ inline Status parse_request(const std::vector<std::string>& arguments, Request* 
   return {};
 }
 
+// What `stages` times where no format is named.
+inline constexpr const char* kStageFormats[] = {
+    "k4v4_c128_v128_p128_d128", "k4v2_c128_v128_p128_d128", "k2v2_c128_v128_p128_d128",
+    "k2v2_c32_v32_p128_d128"};
+
+// `arguments`: cases, and where wanted zones and formats. A request without kernel for each format.
+inline Status parse_stage_requests(const std::vector<std::string>& arguments,
+                                   std::vector<Request>* result) {
+  Request all;
+  std::vector<std::string> formats;
+  for (const std::string& text : arguments) {
+    Status status;
+    if (text.find('/') != std::string::npos) {
+      status = parse_zones(text, &all);
+    } else if (text.starts_with('k')) {
+      formats.push_back(text);
+    } else {
+      status = parse_case(text, &all.cases.emplace_back());
+    }
+    if (!status.is_ok()) return status;
+  }
+  if (all.cases.empty()) return invalid_argument("no case; allowed: one or more, as in 8x8x4@4096");
+  if (formats.empty()) formats.assign(std::begin(kStageFormats), std::end(kStageFormats));
+  for (const std::string& format : formats) {
+    Request& request = result->emplace_back(all);
+    if (Status status = parse_kv_format(format, &request.format); !status.is_ok()) return status;
+  }
+  return {};
+}
+
 // Bytes of queries and outputs of one call, fp16.
 inline std::int64_t query_bytes(const Case& c, int head_dim) {
   return std::int64_t{4} * c.batch * c.heads_kv * c.group * head_dim;
@@ -114,21 +145,15 @@ inline std::int64_t decode_bytes(const Case& c, const Request& r) {
   return std::int64_t{c.batch} * c.heads_kv * head + query_bytes(c, r.format.head_dim);
 }
 
+inline constexpr std::int64_t kLargeBytes = std::int64_t{24} << 30;  // twice as much may not fit
+
 // Caches to take turns through: 4x the L2 lies between two reads of the same byte.
 inline int copies_needed(std::int64_t moved, std::int64_t l2_bytes) {
+  if (moved > kLargeBytes) return 1;  // hundreds of times the L2
   return static_cast<int>(1 + std::max<std::int64_t>(1, (4 * l2_bytes + moved - 1) / moved));
 }
 
 // Launches of a graph: every copy equally often, 20 or more.
 inline int launches_needed(int copies) { return (20 + copies - 1) / copies * copies; }
-
-// The `share` quantile of times, linear between two of them.
-inline double quantile(std::vector<double> times, double share) {
-  std::sort(times.begin(), times.end());
-  const double place = share * static_cast<double>(times.size() - 1);
-  const auto below = static_cast<std::size_t>(place);
-  const std::size_t above = std::min(below + 1, times.size() - 1);
-  return times[below] + (place - static_cast<double>(below)) * (times[above] - times[below]);
-}
 
 }  // namespace bitdecoding::bench

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the decode benchmark runs on: shapes, what they must read, caches in cold memory."""
+"""What the decode benchmark runs on: the bytes that a case must read, caches in cold memory."""
 
 from __future__ import annotations
 
@@ -9,53 +9,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 
+import numpy as np
 import torch
+from shapes import Case
 
 import bitdecoding
 from bitdecoding import KvFormat, PagedKvCache
 from bitdecoding.plan import decode_kernel
 
-HEAD_DIM = 128
-TEMPLATE_PAGES = 16  # pages that are packed; the pool repeats them
+TEMPLATE_RECORDS = 64  # records (of a page and KV head) that are packed; the pool repeats them
 LAUNCHES = 20  # of a graph, at least
-
-
-@dataclass(frozen=True)
-class Case:
-    """Decode of one query token per sequence; printed and parsed as BxHxG@L."""
-
-    batch: int
-    heads_kv: int
-    group: int  # query heads per KV head
-    length: int  # tokens of every sequence
-
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)@(\d+)", text)
-        numbers = [int(number) for number in match.groups()] if match else []
-        if not match or min(numbers) < 1:
-            raise ValueError(
-                f"case = {text!r}; allowed: batch x KV heads x group @ tokens: 8x8x4@4096"
-            )
-        return cls(*numbers)
-
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.heads_kv}x{self.group}@{self.length}"
-
-
-CASES = tuple(
-    Case.parse(text)
-    for text in (
-        "8x8x4@131072", "1x32x1@131072", "8x32x1@32768", "64x8x4@8192", "128x8x8@4096",
-        "1x8x4@131072", "1x8x4@32768", "1x8x4@8192",
-    )
-)  # fmt: skip
-FORMATS = (
-    "k4v4_c128_v128_p128_d128",
-    "k4v2_c128_v128_p128_d128",
-    "k2v2_c128_v128_p128_d128",
-    "k2v2_c32_v32_p128_d128",
-)
+LARGE_BYTES = 24 << 30  # twice as much may not fit
 
 
 @dataclass(frozen=True)
@@ -76,14 +40,14 @@ class Zones:
         return f"{self.sinks}/{self.recent}"
 
 
-def packed_tokens(case: Case, fmt: KvFormat, zones: Zones) -> int:
-    """How many tokens of a sequence are in pages after it was appended (docs/format.md, 6)."""
-    return max(0, case.length - zones.recent) // fmt.page_tokens * fmt.page_tokens
+def packed_tokens(length: int, fmt: KvFormat, zones: Zones) -> int:
+    """How many of a sequence's tokens are in pages after it was appended (docs/format.md, 6)."""
+    return max(0, length - zones.recent) // fmt.page_tokens * fmt.page_tokens
 
 
-def query_bytes(case: Case, head_dim: int) -> int:
+def query_bytes(case: Case) -> int:
     """Queries and outputs of one call, fp16."""
-    return 2 * 2 * case.batch * case.heads_kv * case.group * head_dim
+    return 2 * 2 * case.batch * case.heads_kv * case.columns * case.head_dim
 
 
 def decode_bytes(case: Case, fmt: KvFormat, zones: Zones) -> int:
@@ -91,22 +55,25 @@ def decode_bytes(case: Case, fmt: KvFormat, zones: Zones) -> int:
 
     The page of the first tokens counts too, unless all its tokens are read from their zone.
     """
-    packed = packed_tokens(case, fmt, zones)
-    first = min(zones.sinks, packed)
-    pages = packed // fmt.page_tokens - first // fmt.page_tokens
-    zone_tokens = first + case.length - packed
-    head = pages * fmt.page_bytes() + zone_tokens * 2 * 2 * fmt.head_dim
-    return case.batch * case.heads_kv * head + query_bytes(case, fmt.head_dim)
+    total = 0
+    for length in case.lengths():
+        packed = packed_tokens(length, fmt, zones)
+        first = min(zones.sinks, packed)
+        pages = packed // fmt.page_tokens - first // fmt.page_tokens
+        zone_tokens = first + length - packed
+        total += pages * fmt.page_bytes() + zone_tokens * 2 * 2 * fmt.head_dim
+    return case.heads_kv * total + query_bytes(case)
 
 
-def sixteen_bit_bytes(case: Case, head_dim: int) -> int:
+def sixteen_bit_bytes(case: Case) -> int:
     """The same of fp16 K and V."""
-    cache = 2 * 2 * case.batch * case.heads_kv * case.length * head_dim
-    return cache + query_bytes(case, head_dim)
+    return 2 * 2 * case.heads_kv * sum(case.lengths()) * case.head_dim + query_bytes(case)
 
 
 def copies_needed(moved: int, l2_bytes: int) -> int:
     """Caches to take turns through: 4x the L2 lies between two reads of the same byte."""
+    if moved > LARGE_BYTES:
+        return 1  # hundreds of times the L2
     return 1 + max(1, -(-4 * l2_bytes // moved))
 
 
@@ -115,9 +82,9 @@ def launches_needed(copies: int) -> int:
     return -(-LAUNCHES // copies) * copies
 
 
-def queries(case: Case, head_dim: int, device: torch.device) -> torch.Tensor:
-    """(B, 1, Hq, D) fp16."""
-    shape = (case.batch, 1, case.heads_kv * case.group, head_dim)
+def queries(case: Case, device: torch.device) -> torch.Tensor:
+    """(B, Sq, Hq, D) fp16."""
+    shape = (case.batch, case.query_tokens, case.heads_kv * case.group, case.head_dim)
     return torch.randn(shape, dtype=torch.float16, device=device)
 
 
@@ -127,33 +94,29 @@ def caches(
     """Caches of the same shape in different memory, whole sequences in each.
 
     Every sequence has pages and a slot of its own, in random order, in one pool and one side buffer
-    for all copies. Contents: TEMPLATE_PAGES pages packed from random tokens, over and over.
+    for all copies. Contents: TEMPLATE_RECORDS records packed from random tokens, over and over.
     """
-    packed = packed_tokens(case, fmt, zones)
-    columns = packed // fmt.page_tokens
-    sequences = copies * case.batch
-    pool, ids = _pool(case, fmt, sequences * columns, device)
+    lengths = np.asarray(case.lengths(), dtype=np.int32)
+    packed = np.asarray([packed_tokens(n, fmt, zones) for n in case.lengths()], dtype=np.int32)
+    tables = _block_tables(packed // fmt.page_tokens, copies)
+    pool = _pool(fmt, case.heads_kv, int(tables.max(initial=0)) + 1, device)
 
     tail_tokens = -(-(zones.recent + fmt.page_tokens) // 16) * 16
     rows = zones.sinks + tail_tokens
-    side_shape = (sequences, case.heads_kv, 2, rows, fmt.head_dim)
+    side_shape = (copies * case.batch, case.heads_kv, 2, rows, fmt.head_dim)
     side = torch.randn(side_shape, dtype=torch.float16, device=device)
-    slots = torch.randperm(sequences, device=device).to(torch.int32).view(copies, case.batch)
+    slots = torch.randperm(copies * case.batch).to(torch.int32).view(copies, case.batch)
     # Calls of the copies follow each other on one stream, so they can share scratch memory.
     shared = {"workspace": bitdecoding.Workspace(device)} if device.type == "cuda" else {}
-
-    def counts(tokens: int) -> torch.Tensor:
-        return torch.full((case.batch,), tokens, dtype=torch.int32, device=device)
-
     return [
         PagedKvCache.wrap(
             fmt,
             pool=pool,
             side=side,
-            block_table=ids.view(copies, case.batch, columns)[i],
-            slots=slots[i],
-            lengths=counts(case.length),
-            packed=counts(packed),
+            block_table=torch.from_numpy(tables[i]).to(device),
+            slots=slots[i].to(device),
+            lengths=torch.from_numpy(lengths.copy()).to(device),
+            packed=torch.from_numpy(packed.copy()).to(device),
             keep_first=zones.sinks,
             keep_last=zones.recent,
             **shared,
@@ -162,25 +125,31 @@ def caches(
     ]
 
 
-def _pool(
-    case: Case, fmt: KvFormat, pages: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pages of real codes and parameters, ``pages`` or more, and as many ids, shuffled."""
-    template = _template(fmt, case.heads_kv).to(device)
-    pool = template.repeat(max(1, -(-pages // TEMPLATE_PAGES)), 1, 1)
-    ids = torch.randperm(len(pool), device=device)[:pages].to(torch.int32)
-    return pool, ids
+def _block_tables(pages: np.ndarray, copies: int) -> np.ndarray:
+    """int32 (copies, B, most pages): shuffled ids, each once; -1 where a sequence has no page."""
+    tables = np.full((copies, len(pages), pages.max()), -1, dtype=np.int32)
+    used = np.broadcast_to(np.arange(pages.max()) < pages[:, None], tables.shape)
+    tables[used] = np.random.default_rng(0).permutation(copies * int(pages.sum()))
+    return tables
+
+
+def _pool(fmt: KvFormat, heads: int, pages: int, device: torch.device) -> torch.Tensor:
+    """(pages, heads, page_bytes): real codes and parameters."""
+    records = _template(fmt).to(device).view(torch.int64)  # copied 8 bytes at a time
+    count = pages * heads
+    repeated = records.repeat(-(-count // TEMPLATE_RECORDS), 1)
+    return repeated[:count].view(torch.uint8).view(pages, heads, fmt.page_bytes())
 
 
 @cache
-def _template(fmt: KvFormat, heads: int) -> torch.Tensor:
-    """TEMPLATE_PAGES pages, packed on the CPU: a build with a single decode kernel can be timed."""
-    shape = (2, 1, TEMPLATE_PAGES * fmt.page_tokens, heads, fmt.head_dim)
+def _template(fmt: KvFormat) -> torch.Tensor:
+    """Records, packed on the CPU: a build with a single decode kernel can be timed."""
+    shape = (2, 1, TEMPLATE_RECORDS * fmt.page_tokens, 1, fmt.head_dim)
     k, v = torch.randn(shape, dtype=torch.float16)
-    pool = torch.zeros((TEMPLATE_PAGES, heads, fmt.page_bytes()), dtype=torch.uint8)
-    table = torch.arange(TEMPLATE_PAGES, dtype=torch.int32).view(1, -1)
+    pool = torch.zeros((TEMPLATE_RECORDS, 1, fmt.page_bytes()), dtype=torch.uint8)
+    table = torch.arange(TEMPLATE_RECORDS, dtype=torch.int32).view(1, -1)
     bitdecoding.pack_pages(k, v, pool, table, format=fmt)
-    return pool
+    return pool.view(TEMPLATE_RECORDS, -1)
 
 
 def kernel_row(pattern: str, fmt: KvFormat, columns: int) -> str:

@@ -7,7 +7,6 @@ python benchmarks/decode_cpu.py --output benchmarks/results/decode_cpu.json
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from provenance import source_hashes
+from results import Results, Row, save
 from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
@@ -40,12 +41,18 @@ def median_us(call: Callable[[], Any], iterations: int) -> dict[str, Any]:
     return {"time_us": round(median, 1), "p10_us": round(p10, 1), "p90_us": round(p90, 1)}
 
 
-def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> list[Row]:
     query_heads, kv_heads, head_dim = shape
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 1, args.tokens, kv_heads, head_dim, generator=generator)
     q = torch.randn(1, 1, query_heads, head_dim, generator=generator)
-    case = {"query_heads": query_heads, "heads_kv": kv_heads, "head_dim": head_dim}
+    case = {
+        "batch": 1,
+        "length": args.tokens,
+        "query_heads": query_heads,
+        "heads_kv": kv_heads,
+        "head_dim": head_dim,
+    }
 
     qt, kt, vt = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (B, H, S, D)
     group = query_heads // kv_heads
@@ -67,9 +74,13 @@ def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict[
         )
         cache.append(k, v)
         calls[str(cache.format)] = lambda cache=cache: cache.decode(q, threads=args.threads)
-    return [
-        case | {"kernel": name} | median_us(call, args.iterations) for name, call in calls.items()
-    ]
+    rows = []
+    for name, call in calls.items():
+        ours = not name.startswith("torch")
+        names = {"format": name if ours else "float32", "kernel": "decode" if ours else name}
+        found = median_us(call, args.iterations) | {"iterations": args.iterations}
+        rows.append(case | names | found)
+    return rows
 
 
 def cpu_name() -> str:
@@ -86,25 +97,24 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     facts = {
-        "batch": 1,
-        "length": args.tokens,
         "threads": args.threads,
-        "iterations": args.iterations,
         "cpu": cpu_name(),
         "torch": torch.__version__,
         "commit": bitdecoding.build_info()["git"],
+        "sources": source_hashes(),
     }
-    rows = [row | facts for shape in SHAPES for row in measure(shape, args)]
+    rows = [row for shape in SHAPES for row in measure(shape, args)]
 
     table = Table("heads", "D", "kernel", "time us", "p10", "p90")
     for row in rows:
         table.add_row(
-            f"{row['query_heads']}/{row['heads_kv']}",
-            *(str(row[c]) for c in ("head_dim", "kernel", "time_us", "p10_us", "p90_us")),
-        )
+            f"{row['query_heads']}/{row['heads_kv']}", str(row["head_dim"]),
+            row["format"] if row["kernel"] == "decode" else row["kernel"],
+            *(str(row[name]) for name in ("time_us", "p10_us", "p90_us")),
+        )  # fmt: skip
     Console().print(table)
     if args.output is not None:
-        args.output.write_text(json.dumps(rows, indent=1) + "\n")
+        save(args.output, Results(facts, rows))
 
 
 if __name__ == "__main__":

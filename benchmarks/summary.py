@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the decode table of README.md and benchmarks/README.md from the committed result.
+"""Writes the tables of README.md and benchmarks/README.md from the committed results.
 
 python benchmarks/summary.py            python benchmarks/summary.py --check
 """
@@ -7,105 +7,127 @@ python benchmarks/summary.py            python benchmarks/summary.py --check
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks/results/decode_h200.json"
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/README.md")
-BEGIN, END = "<!-- decode:begin -->\n", "<!-- decode:end -->\n"
-BASELINES = {
-    "torch SDPA FlashAttention-2": "FlashAttention-2",
-    "torch SDPA cuDNN": "cuDNN",
-}
-# The rates that C is the largest of: cuDNN in the first case, a plain read of its K and V.
-READS = ("torch SDPA cuDNN", "torch sum, read")
+from provenance import RESULTS, ROOT, standing, standings
+from results import CUDNN, FLASH, Results, Row, best_sixteen_bit, ceiling, load
+from shapes import Case, tagged
+from suites import FORMATS, PLAN
+from target_table import section as target_section
+from targets import load_runs
+
+RESULT = RESULTS / "decode_h200.json"
+README, BENCHMARKS = ROOT / "README.md", ROOT / "benchmarks/README.md"
+BASELINES = {FLASH: "FlashAttention-2", CUDNN: "cuDNN"}
 ZONES = (16, 64)
-
-Row = dict[str, Any]
-Shape = tuple[int, ...]
-
-
-def shape_of(row: Row) -> Shape:
-    return tuple(row[name] for name in ("batch", "heads_kv", "group", "length"))
-
-
-def ceiling(rows: list[Row]) -> Row:
-    """The row of the best read rate, C."""
-    first = shape_of(rows[0])
-    reads = [row for row in rows if row["kernel"] in READS and shape_of(row) == first]
-    return max(reads, key=lambda row: row["tb_per_s"])
+# Columns of the table, where the run has them.
+COLUMNS = (*FORMATS[:3], "k2v2_c32_v32_p128_d128", FORMATS[3])
 
 
 def label(name: str) -> str:
-    """k2v2_c32_v32_p128_d128 as K2V2, groups of 32."""
-    codes, k_group, v_group, *_ = name.split("_")
+    """k2v2_c32_v32_p128_d128_norm as K2V2, groups of 32, norms."""
+    codes, k_group, v_group, _, _, *norm = name.split("_")
     groups = list(dict.fromkeys((k_group[1:], v_group[1:])))
     text = codes.upper() + (" per token" if k_group[0] == "t" else "")
-    return text if groups == ["128"] else f"{text}, groups of {' and '.join(groups)}"
+    text += "" if groups == ["128"] else f", groups of {' and '.join(groups)}"
+    return text + (", norms" if norm else "")
 
 
 def microseconds(time: float) -> str:
     return f"{time:.0f} us" if time >= 100 else f"{time:.1f} us"
 
 
-def table(rows: list[Row]) -> str:
-    """Per case the best 16-bit time and, of every format, time, speed-up and share of C."""
-    timed = [row for row in rows if row["mode"] == "graph" and row["time_us"] is not None]
-    best_rate = ceiling(timed)["tb_per_s"]
-    ours = [row for row in timed if (row["sinks"], row["recent"]) == ZONES]
-    formats = list(dict.fromkeys(row["format"] for row in ours))
-    cells = {(shape_of(row), row["format"]): row for row in ours}
+def eight_cases() -> list[Case]:
+    return tagged("large") + tagged("single")
+
+
+def our_cells(rows: list[Row], cases: list[Case]) -> dict[tuple[str, str], Row]:
+    """By case and format: the row of the plan's kernel in graph replays, with zones."""
+    names = [str(case) for case in cases]
+    ours = [
+        row
+        for row in rows
+        if (row.get("selection"), row.get("mode")) == (PLAN, "graph")
+        and (row["sinks"], row["recent"]) == ZONES
+        and row["case"] in names
+        and row["format"] in COLUMNS
+    ]
+    cells = {(row["case"], row["format"]): row for row in ours}
     if len(cells) != len(ours):
         raise ValueError("a case and format has more than one row")
+    return cells
+
+
+def cell(row: Row | None) -> str:
+    """Time, speed-up over the best 16-bit time, share of C."""
+    if row is None or row["time_us"] is None:
+        return "not timed"
+    parts = [microseconds(row["time_us"])]
+    if row["speedup_best_16bit"] is not None:
+        parts.append(f"{row['speedup_best_16bit']:.2f}x")
+    return ", ".join([*parts, f"{row['fraction_of_ceiling']:.2f}"])
+
+
+def table(rows: list[Row], cases: list[Case]) -> str:
+    """Per case the best 16-bit time and, of every format, time, speed-up and share of C."""
+    cells = our_cells(rows, cases)
+    formats = [name for name in COLUMNS if any(name == fmt for _, fmt in cells)]
     lines = [["B x Hkv x G, L", "best 16-bit", *map(label, formats)]]
     lines.append(["---"] * len(lines[0]))
-    for shape in dict.fromkeys(shape_of(row) for row in rows):
-        batch, heads_kv, group, length = shape
-        baselines = [r for r in timed if shape_of(r) == shape and r["kernel"] in BASELINES]
-        best = min(baselines, key=lambda row: row["time_us"])
-        line = [f"{batch} x {heads_kv} x {group}, {length}"]
-        line.append(f"{microseconds(best['time_us'])}, {BASELINES[best['kernel']]}")
-        for name in formats:
-            row = cells.get((shape, name))
-            if row is None:
-                line.append("not timed")
-                continue
-            speed_up = best["time_us"] / row["time_us"]
-            share = row["tb_per_s"] / best_rate
-            line.append(f"{microseconds(row['time_us'])}, {speed_up:.2f}x, {share:.2f}")
+    for case in cases:
+        best = best_sixteen_bit(rows, str(case))
+        line = [f"{case.batch} x {case.heads_kv} x {case.group}, {case.length}"]
+        if best is None:
+            line.append("not timed")
+        else:
+            line.append(f"{microseconds(best['time_us'])}, {BASELINES[best['kernel']]}")
+        line += [cell(cells.get((str(case), name))) for name in formats]
         lines.append(line)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def section(rows: list[Row], link: str) -> str:
-    """What stands between the markers; ``link`` leads to the result file."""
-    best = ceiling([row for row in rows if row["mode"] == "graph" and row["time_us"] is not None])
+def decode_section(results: Results, link: str) -> str:
+    """What stands between the markers of decode; ``link`` leads to the result file."""
+    best = ceiling(results.rows)
+    if best is None:
+        raise ValueError(f"{link}: no row of a read rate")
     sinks, recent = ZONES
+    facts = results.facts
     text = (
         "Decode attention, one query token per sequence, head_dim 128, groups of 128 unless said, "
         f"{sinks} first and {recent} recent tokens in fp16, cold memory, graph replays: median "
         "time, speed-up over the faster of torch's FlashAttention-2 and cuDNN on fp16 K and V, "
         f"share of C. C = {best['tb_per_s']:.2f} TB/s is the best read rate of the run "
         f"({best['kernel']}). B: sequences, Hkv: KV heads, G: query heads per KV head, L: tokens. "
-        f"{best['gpu']}, driver {best['driver']}, CUDA {best['nvcc']}, torch {best['torch']}, "
-        f"commit {best['commit']} ([{link}]({link})):"
+        f"{facts['gpu']}, driver {facts['driver']}, CUDA {facts['nvcc']}, torch {facts['torch']}, "
+        f"{standing(RESULT, facts['commit'])} ([{link}]({link})):"
     )
     wrapped = textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
-    return f"{wrapped}\n\n{table(rows)}"
+    return f"{wrapped}\n\n{table(results.rows, eight_cases())}"
 
 
-def updated(text: str, content: str) -> str:
-    """``text`` with ``content`` between the markers."""
-    head, _, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not end:
-        raise ValueError(f"no {BEGIN.strip()} ... {END.strip()}")
-    return f"{head}{BEGIN}\n{content}\n{END}{tail}"
+def updated(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between the markers of that name."""
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
+    head, _, rest = text.partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise ValueError(f"no {begin.strip()} ... {end.strip()}")
+    return f"{head}{begin}\n{content}\n{end}{tail}"
+
+
+def documents() -> dict[Path, str]:
+    """Both READMEs as the results want them."""
+    results = load(RESULT)
+    texts = {}
+    for path in (README, BENCHMARKS):
+        link = os.path.relpath(RESULT, path.parent)
+        texts[path] = updated(path.read_text(), "decode", decode_section(results, link))
+    texts[BENCHMARKS] = updated(texts[BENCHMARKS], "targets", target_section(load_runs()))
+    return texts
 
 
 def main() -> None:
@@ -114,14 +136,12 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where it would")
     args = parser.parse_args()
-    rows = json.loads(RESULT.read_text())
-    for document in DOCUMENTS:
-        old = document.read_text()
-        new = updated(old, section(rows, os.path.relpath(RESULT, document.parent)))
-        if args.check and new != old:
-            sys.exit(f"{document.name} is older than {RESULT.name}: run benchmarks/summary.py")
+    for path, text in documents().items():
+        if args.check and text != path.read_text():
+            sys.exit(f"{path.relative_to(ROOT)} is older than the results: run summary.py")
         if not args.check:
-            document.write_text(new)
+            path.write_text(text)
+    print("\n".join(standings()))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Imports arrays through DLPack and checks what a host can see of them.
+// Checks what a host can see of arrays.
 #include "arrays.hpp"
 
 #include <climits>
 #include <iterator>
-#include <stdexcept>
 
 namespace bitdecoding::python {
 
@@ -34,78 +33,14 @@ std::string tuple_text(int modes, const Value& value) {
   return text.str();
 }
 
-std::string shape_text(const nb::ndarray<nb::ro>& array) {
-  return tuple_text(static_cast<int>(array.ndim()), [&](int i) { return array.shape(i); });
-}
-
-// The start of DLPack's table of C functions, which newer libraries offer beside __dlpack__: a tenth
-// of its time, and no question asked about the current device. Names of ours, layout of DLPack 1.
-struct ExchangeTable {
-  std::uint32_t major_version;
-  std::uint32_t minor_version;
-  const void* older_table;
-  void* allocator;
-  int (*to_managed)(void* object, void** managed);  // 0: an owned DLManagedTensorVersioned
-};
-
-struct ManagedTensor {  // the start of DLManagedTensorVersioned
-  std::uint32_t major_version;
-  std::uint32_t minor_version;
-  void* context;
-  void (*deleter)(ManagedTensor* self);
-};
-
-constexpr char kManagedName[] = "dltensor_versioned";
-
-void delete_managed(PyObject* capsule) {  // only where nobody took it
-  if (PyCapsule_IsValid(capsule, kManagedName) == 0) return;
-  auto* managed = static_cast<ManagedTensor*>(PyCapsule_GetPointer(capsule, kManagedName));
-  if (managed->deleter != nullptr) managed->deleter(managed);
-}
-
-// What __dlpack__ returns, by way of the table; `object` itself where its type has none.
-nb::object exported(nb::handle object) {
-  const nb::object holder = nb::getattr(object.type(), "__dlpack_c_exchange_api__", nb::none());
-  if (!PyCapsule_IsValid(holder.ptr(), "dlpack_exchange_api")) return nb::borrow(object);
-  const auto* table =
-      static_cast<const ExchangeTable*>(PyCapsule_GetPointer(holder.ptr(), "dlpack_exchange_api"));
-  void* managed = nullptr;
-  if (table->major_version != 1) return nb::borrow(object);
-  if (table->to_managed(object.ptr(), &managed) != 0) {
-    PyErr_Clear();
-    return nb::borrow(object);
-  }
-  PyObject* capsule = PyCapsule_New(managed, kManagedName, delete_managed);
-  if (capsule == nullptr) throw nb::python_error();
-  return nb::steal(capsule);
-}
-
-nb::ndarray<nb::ro> import_array(nb::handle given, const char* name, Access access) {
-  const nb::object object = exported(given);
-  nb::ndarray<nb::ro> readable;
-  nb::ndarray<> writable;
-  if (access == Access::write && nb::try_cast(object, writable, false)) {
-    return nb::ndarray<nb::ro>(writable);
-  }
-  if (!nb::try_cast(object, readable, false)) {
-    refuse_type(name, " = ", nb::type_name(given.type()).c_str(),
-                "; allowed: a NumPy array, a torch tensor or another DLPack array, of a dtype and "
-                "strides that DLPack has");
-  }
-  if (access == Access::write) {
-    refuse_value(name, " = a read-only array; allowed: one that can be written");
-  }
-  return readable;
-}
-
-Device import_device(const nb::ndarray<nb::ro>& array, const char* name) {
-  switch (array.device_type()) {
+Device device_of(nb::dlpack::device device, const char* name) {
+  switch (device.device_type) {
     case nb::device::cpu::value:
     case nb::device::cuda_host::value: return {};
     case nb::device::cuda::value:
-    case nb::device::cuda_managed::value: return {true, array.device_id()};
+    case nb::device::cuda_managed::value: return {true, device.device_id};
     default:
-      refuse_value(name, ": device = DLPack type ", array.device_type(), "; allowed: cpu, cuda");
+      refuse_value(name, ": device = DLPack type ", device.device_type, "; allowed: cpu, cuda");
   }
 }
 
@@ -119,73 +54,77 @@ TokenRows token_rows(const Array& array) {
 
 }  // namespace
 
-void throw_if_error(const Status& status) {
-  switch (status.code()) {
-    case StatusCode::ok: return;
-    case StatusCode::invalid_argument: throw nb::value_error(status.text().c_str());
-    case StatusCode::unsupported:
-      PyErr_SetString(PyExc_NotImplementedError, status.text().c_str());
-      throw nb::python_error();
-    case StatusCode::cuda_error: break;
-  }
-  throw std::runtime_error(status.text());
-}
-
 std::string device_name(const Device& device) {
   return device.is_cuda ? join("cuda:", device.index) : "cpu";
 }
 
-Array::Array(nb::handle object, const char* name, Access access)
+Array::Array(nb::handle object, const char* name, Access access, Lifetime lifetime)
     : name_(name),
-      array_(import_array(object, name, access)),
-      device_(import_device(array_, name)) {
-  if (array_.itemsize() > 0) expect_address(array_.itemsize());
+      view_(view_array(object, name, access, lifetime)),
+      device_(device_of(view_.tensor.device, name)) {
+  if (dtype().bits >= 8) expect_address(dtype().bits / 8u);
+}
+
+bool Array::empty() const {
+  for (int mode = 0; mode < modes(); ++mode) {
+    if (shape(mode) == 0) return true;
+  }
+  return false;
+}
+
+std::string Array::shape_text() const {
+  return tuple_text(modes(), [this](int mode) { return shape(mode); });
 }
 
 int Array::extent(int mode) const {
-  if (array_.shape(mode) > INT_MAX) {
-    refuse_value(name_, ": shape = ", shape_text(array_), "; allowed: extents up to ", INT_MAX);
+  if (shape(mode) > INT_MAX) {
+    refuse_value(name_, ": shape = ", shape_text(), "; allowed: extents up to ", INT_MAX);
   }
-  return static_cast<int>(array_.shape(mode));
+  return static_cast<int>(shape(mode));
 }
 
-const Array& Array::expect_shape(const char* modes,
+const Array& Array::expect_shape(const char* names,
                                  std::initializer_list<std::int64_t> extents) const {
   const int count = static_cast<int>(extents.size());
   const std::int64_t* allowed = extents.begin();
-  bool fits = static_cast<int>(array_.ndim()) == count;
+  bool fits = modes() == count;
   for (int mode = 0; fits && mode < count; ++mode) {
-    fits = allowed[mode] == kAny || allowed[mode] == static_cast<std::int64_t>(array_.shape(mode));
+    fits = allowed[mode] == kAny || allowed[mode] == shape(mode);
   }
   if (!fits) {
     const auto extent_text = [&](int i) {
       return allowed[i] == kAny ? std::string("any") : join(allowed[i]);
     };
-    refuse_value(name_, ": shape = ", shape_text(array_), "; allowed: ", modes, " = ",
+    refuse_value(name_, ": shape = ", shape_text(), "; allowed: ", names, " = ",
                  tuple_text(count, extent_text));
+  }
+  return *this;
+}
+
+const Array& Array::expect_elements(std::int64_t least) const {
+  if (modes() != 1 || shape(0) < least) {
+    refuse_value(name_, ": shape = ", shape_text(), "; allowed: (n,), n at least ", least);
   }
   return *this;
 }
 
 const Array& Array::expect_contiguous() const {
   std::int64_t contiguous = 1;
-  for (int mode = static_cast<int>(array_.ndim()) - 1; !empty() && mode >= 0; --mode) {
-    if (array_.shape(mode) > 1 && array_.stride(mode) != contiguous) {
-      refuse_value(name_, ": strides = ",
-                   tuple_text(static_cast<int>(array_.ndim()), [&](int i) { return stride(i); }),
-                   " elements for shape ", shape_text(array_),
+  for (int mode = modes() - 1; !empty() && mode >= 0; --mode) {
+    if (shape(mode) > 1 && stride(mode) != contiguous) {
+      refuse_value(name_, ": strides = ", tuple_text(modes(), [&](int i) { return stride(i); }),
+                   " elements for shape ", shape_text(),
                    "; allowed: contiguous in row-major order");
     }
-    contiguous *= static_cast<std::int64_t>(array_.shape(mode));
+    contiguous *= shape(mode);
   }
   return *this;
 }
 
 const Array& Array::expect_unit_stride() const {
-  const int last = static_cast<int>(array_.ndim()) - 1;
-  if (!empty() && array_.shape(last) > 1 && array_.stride(last) != 1) {
-    refuse_value(name_, ": stride of the last mode = ", array_.stride(last),
-                 " elements; allowed: 1");
+  const int last = modes() - 1;
+  if (!empty() && shape(last) > 1 && stride(last) != 1) {
+    refuse_value(name_, ": stride of the last mode = ", stride(last), " elements; allowed: 1");
   }
   return *this;
 }
@@ -215,8 +154,8 @@ const Array& Array::expect_dtype(nb::dlpack::dtype allowed) const {
 }
 
 const Array& Array::expect_address(std::uintptr_t alignment_bytes) const {
-  if (reinterpret_cast<std::uintptr_t>(array_.data()) % alignment_bytes != 0) {
-    refuse_value(name_, ": address = ", array_.data(), "; allowed: multiples of ", alignment_bytes);
+  if (reinterpret_cast<std::uintptr_t>(data()) % alignment_bytes != 0) {
+    refuse_value(name_, ": address = ", data(), "; allowed: multiples of ", alignment_bytes);
   }
   return *this;
 }

@@ -1,44 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// From Python's arrays to the library's views. Only arrays.{hpp,cpp} know DLPack. Nothing is ever
-// copied: an array that doesn't fit is refused with its name, what it is and what it may be.
+// From Python's arrays to the library's views. Nothing is ever copied: an array that doesn't fit is
+// refused with its name, what it is and what it may be.
 //   TypeError: not an array, or its dtype    ValueError: everything else
 #pragma once
 
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <string>
 
 #include "bitdecoding/element_type.hpp"
 #include "bitdecoding/quantize/token_rows.hpp"
-#include "bitdecoding/status.hpp"
+#include "dlpack.hpp"
+#include "refuse.hpp"
 
 namespace bitdecoding::python {
-
-namespace nb = nanobind;
-
-template <class... Parts>
-std::string join(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  return text.str();
-}
-
-template <class... Parts>
-[[noreturn]] void refuse_value(const Parts&... parts) {
-  throw nb::value_error(join(parts...).c_str());
-}
-template <class... Parts>
-[[noreturn]] void refuse_type(const Parts&... parts) {
-  throw nb::type_error(join(parts...).c_str());
-}
-
-// ValueError, NotImplementedError or RuntimeError where `status` is an error.
-void throw_if_error(const Status& status);
 
 struct Device {
   bool is_cuda = false;
@@ -48,27 +26,26 @@ struct Device {
 };
 std::string device_name(const Device& device);  // "cpu", "cuda:0"
 
-enum class Access { read, write };
-
 inline constexpr std::int64_t kAny = -1;  // an extent that may be anything
 
-// One array argument of a call. Holds the memory for as long as it lives.
+// One array: an argument of a call, or (Lifetime::longer) one that is held for as long as this lives.
 class Array {
  public:
-  Array(nb::handle object, const char* name, Access access);
+  Array(nb::handle object, const char* name, Access access, Lifetime lifetime = Lifetime::call);
 
   Device device() const { return device_; }
-  bool empty() const { return array_.size() == 0; }
+  bool empty() const;
   int extent(int mode) const;  // refuses what doesn't fit an int
-  std::int64_t stride(int mode) const { return array_.stride(mode); }  // elements
-  const void* data() const { return array_.data(); }
+  std::int64_t stride(int mode) const { return view_.tensor.strides[mode]; }  // elements
+  const void* data() const { return view_.tensor.data; }
   template <class Element>
   Element* writable() const {  // only for Access::write
-    return static_cast<Element*>(const_cast<void*>(array_.data()));
+    return static_cast<Element*>(view_.tensor.data);
   }
 
-  // `modes` names the extents in messages: "(num_pages, num_kv_heads, page_bytes)".
-  const Array& expect_shape(const char* modes, std::initializer_list<std::int64_t> extents) const;
+  // `names`: of the extents, for messages: "(num_pages, num_kv_heads, page_bytes)".
+  const Array& expect_shape(const char* names, std::initializer_list<std::int64_t> extents) const;
+  const Array& expect_elements(std::int64_t least) const;  // of the only mode
   const Array& expect_contiguous() const;
   const Array& expect_unit_stride() const;  // of the last mode
   const Array& expect_address(std::uintptr_t alignment_bytes) const;
@@ -81,11 +58,14 @@ class Array {
   ElementType element_type() const;  // refuses what is not float16, bfloat16 or float32
 
  private:
-  nb::dlpack::dtype dtype() const { return array_.dtype(); }
+  int modes() const { return view_.tensor.ndim; }
+  std::int64_t shape(int mode) const { return view_.tensor.shape[mode]; }
+  std::string shape_text() const;
+  nb::dlpack::dtype dtype() const { return view_.tensor.dtype; }
   const Array& expect_dtype(nb::dlpack::dtype allowed) const;
 
   const char* name_;
-  nb::ndarray<nb::ro> array_;
+  ArrayView view_;
   Device device_;
 };
 

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <climits>
 
-#include "bitdecoding/decode/decode_problem.hpp"
 #include "bitdecoding/quantize/append_problem.hpp"
 #include "bitdecoding/run.hpp"
+#include "decode_plans.hpp"
 
 namespace bitdecoding::python {
 
@@ -31,13 +31,14 @@ nb::tuple sequence_extents(const KvFormat& format, int keep_first, int keep_last
 
 CacheArrays::CacheArrays(const KvFormat& format, int keep_first, int keep_last, nb::handle pool,
                          nb::handle side, nb::handle block_table, nb::handle slots,
-                         nb::handle lengths, nb::handle packed)
-    : pool_(pool, "pool", Access::write),
-      side_(side, "side", Access::write),
-      block_table_(block_table, "block_table", Access::read),
-      slots_(slots, "slots", Access::read),
-      lengths_(lengths, "lengths", Access::write),
-      packed_(packed, "packed", Access::write) {
+                         nb::handle lengths, nb::handle packed, Lifetime lifetime)
+    : lifetime_(lifetime),
+      pool_(pool, "pool", Access::write, lifetime),
+      side_(side, "side", Access::write, lifetime),
+      block_table_(block_table, "block_table", Access::read, lifetime),
+      slots_(slots, "slots", Access::read, lifetime),
+      lengths_(lengths, "lengths", Access::write, lifetime),
+      packed_(packed, "packed", Access::write, lifetime) {
   pool_.expect_bytes();
   pool_.expect_shape("(num_pages, num_kv_heads, page_bytes)", {kAny, kAny, page_bytes(format)});
   pool_.expect_address(kSectionAlignment_bytes);
@@ -87,15 +88,21 @@ void CacheArrays::append(nb::handle k, nb::handle v, nb::handle leftpad, nb::han
                               .max_tokens = max_tokens};
   if (!pool_.device().is_cuda) {
     const CpuExecution execution = cpu_execution(pool_, options);
-    return run([&] { return append_tokens(problem, execution); });
+    return run([&] {
+      return options.checks_only ? validate(problem) : append_tokens(problem, execution);
+    });
   }
-  const CudaExecution execution = on_cuda(options);
+  const CudaExecution execution = on_cuda(options, k);
   if (!counters_) {
-    counters_.emplace(workspace_.attr("append_counters")(cache_.batch), "counters", Access::write);
-    counters_->expect_int32().expect_contiguous().expect_on(pool_);
+    counters_.emplace(workspace_.attr("append_counters")(cache_.batch), "counters", Access::write,
+                      lifetime_);
+    counters_->expect_int32().expect_elements(cache_.batch).expect_contiguous().expect_on(pool_);
   }
   int* counters = counters_->writable<int>();
-  run([&] { return append_tokens(problem, counters, execution); });
+  run([&] {
+    return options.checks_only ? validate_for_cuda(problem)
+                               : append_tokens(problem, counters, execution);
+  });
 }
 
 void CacheArrays::decode(nb::handle q, nb::handle out, nb::handle lse, double softmax_scale,
@@ -130,17 +137,21 @@ void CacheArrays::decode(nb::handle q, nb::handle out, nb::handle lse, double so
   }
   if (!pool_.device().is_cuda) {
     const CpuExecution execution = cpu_execution(pool_, options);
-    return run([&] { return decode_attention(problem, execution); });
+    return run([&] {
+      return options.checks_only ? validate(problem) : decode_attention(problem, execution);
+    });
   }
-  decode_on_cuda(problem, options);
+  decode_on_cuda(problem, options, q);
 }
 
-void CacheArrays::decode_on_cuda(const DecodeProblem& problem, const RunOptions& options) {
+void CacheArrays::decode_on_cuda(const DecodeProblem& problem, const RunOptions& options,
+                                 nb::handle q) {
   throw_if_error(validate_for_cuda(problem));  // before there is a plan for such queries
   if (cache_.batch == 0 || problem.query_tokens == 0) return;
-  const CudaExecution execution = on_cuda(options);
+  const CudaExecution execution = on_cuda(options, q);
+  if (options.checks_only) return (void)decode_memory(0);
   const int columns = problem.query_tokens * (problem.query_heads / cache_.num_kv_heads);
-  const PlannedDecode& planned = planned_decode(columns, options.kernel, execution);
+  const PlannedDecode& planned = planned_decode(columns, options.kernel);
   void* workspace = planned.workspace.writable<void>();
   run([&] { return decode_attention(problem, planned.plan, workspace, execution); });
 }
@@ -168,42 +179,30 @@ nb::dict CacheArrays::plan_decode(int columns, const std::optional<std::string>&
   if (!pool_.device().is_cuda) {
     refuse_value("plan_decode: device = ", device(), "; allowed: a cache on cuda");
   }
-  const decode::DecodePlan plan = plan_for(columns, kernel, {.device = pool_.device().index});
-  nb::dict facts;
-  facts["kernel"] = nb::str(plan.kernel);
-  facts["ctas"] = plan.ctas;
-  facts["warps"] = plan.warps;
-  facts["stages"] = plan.stages;
-  facts["stage_bytes"] = plan.stage_bytes;
-  facts["smem_bytes"] = plan.smem_bytes;
-  facts["workspace_bytes"] = plan.workspace_bytes;
-  return facts;
-}
-
-decode::DecodePlan CacheArrays::plan_for(int columns, const std::optional<std::string>& kernel,
-                                         const CudaExecution& execution) const {
-  decode::DecodePlan plan;
-  const char* name = kernel ? kernel->c_str() : nullptr;
-  run([&] { return bitdecoding::plan_decode(cache_.format, columns, name, execution, &plan); });
-  return plan;
+  return plan_facts(decode_plan(cache_.format, columns, kernel, pool_.device().index));
 }
 
 const CacheArrays::PlannedDecode& CacheArrays::planned_decode(
-    int columns, const std::optional<std::string>& kernel, const CudaExecution& execution) {
+    int columns, const std::optional<std::string>& kernel) {
   const auto key = std::pair(columns, kernel);
   if (const auto found = decodes_.find(key); found != decodes_.end()) return found->second;
-  const decode::DecodePlan plan = plan_for(columns, kernel, execution);
-  Array workspace(workspace_.attr("decode_memory")(plan.workspace_bytes), "workspace",
-                  Access::write);
-  workspace.expect_bytes().expect_contiguous().expect_on(pool_);
-  return decodes_.try_emplace(key, plan, std::move(workspace)).first->second;
+  const decode::DecodePlan& plan =
+      decode_plan(cache_.format, columns, kernel, pool_.device().index);
+  return decodes_.try_emplace(key, plan, decode_memory(plan.workspace_bytes)).first->second;
 }
 
-CudaExecution CacheArrays::on_cuda(const RunOptions& options) {
-  CudaExecution execution = cuda_execution(pool_, options);
+Array CacheArrays::decode_memory(std::size_t bytes) const {
+  Array workspace(workspace_.attr("decode_memory")(bytes), "workspace", Access::write, lifetime_);
+  workspace.expect_bytes().expect_elements(static_cast<std::int64_t>(bytes)).expect_contiguous();
+  workspace.expect_on(pool_);
+  return workspace;
+}
+
+CudaExecution CacheArrays::on_cuda(const RunOptions& options, nb::handle tensor) {
+  CudaExecution execution = cuda_execution(pool_, options, tensor);
   if (!error_word_) {
     error_word_object_ = workspace_.attr("error_word")();
-    error_word_ = import_error_word(error_word_object_, pool_);
+    error_word_ = import_error_word(error_word_object_, pool_, lifetime_);
   }
   execution.error_word = error_word_->writable<int>();
   return execution;

@@ -12,6 +12,7 @@
 #include "arrays.hpp"
 #include "bitdecoding/cache/paged_kv_cache.hpp"
 #include "bitdecoding/decode/decode_plan.hpp"
+#include "bitdecoding/decode/decode_problem.hpp"
 #include "execution.hpp"
 
 namespace bitdecoding::python {
@@ -23,7 +24,7 @@ class CacheArrays {
  public:
   CacheArrays(const KvFormat& format, int keep_first, int keep_last, nb::handle pool,
               nb::handle side, nb::handle block_table, nb::handle slots, nb::handle lengths,
-              nb::handle packed);
+              nb::handle packed, Lifetime lifetime);
 
   std::string device() const { return device_name(pool_.device()); }
   // Tokens that a sequence can hold before it needs more columns than the block table has.
@@ -44,17 +45,16 @@ class CacheArrays {
 
  private:
   struct PlannedDecode {
-    decode::DecodePlan plan;
+    const decode::DecodePlan& plan;
     Array workspace;  // of plan.workspace_bytes or more
   };
 
-  void decode_on_cuda(const DecodeProblem& problem, const RunOptions& options);
-  decode::DecodePlan plan_for(int columns, const std::optional<std::string>& kernel,
-                              const CudaExecution& execution) const;
-  const PlannedDecode& planned_decode(int columns, const std::optional<std::string>& kernel,
-                                      const CudaExecution& execution);
-  CudaExecution on_cuda(const RunOptions& options);
+  void decode_on_cuda(const DecodeProblem& problem, const RunOptions& options, nb::handle q);
+  const PlannedDecode& planned_decode(int columns, const std::optional<std::string>& kernel);
+  Array decode_memory(std::size_t bytes) const;
+  CudaExecution on_cuda(const RunOptions& options, nb::handle tensor);
 
+  Lifetime lifetime_;  // of the arrays, and of what the workspace gives
   Array pool_;
   Array side_;
   Array block_table_;

@@ -16,16 +16,18 @@ namespace bitdecoding::python {
 
 struct RunOptions {
   int threads = 0;                         // on a CPU; 0: one per hardware thread
-  std::optional<std::uintptr_t> stream;    // on CUDA: a cudaStream_t
+  std::optional<std::uintptr_t> stream;    // on CUDA: a cudaStream_t; none: the library's current
   std::optional<std::string> kernel = {};  // on CUDA: a row of the kernel table, for decode
+  bool checks_only = false;                // nothing runs: the arrays have no memory (traced_array)
 };
 
 // `pool`: one of the call's arrays, which are all on its device.
 CpuExecution cpu_execution(const Array& pool, const RunOptions& options);
-CudaExecution cuda_execution(const Array& pool, const RunOptions& options);  // no error word yet
+// Without an error word. `tensor`: an argument whose library says what the current stream is.
+CudaExecution cuda_execution(const Array& pool, const RunOptions& options, nb::handle tensor);
 
 // int32 (4,) beside `pool`.
-Array import_error_word(nb::handle object, const Array& pool);
+Array import_error_word(nb::handle object, const Array& pool, Lifetime lifetime);
 
 // Runs the library's work without the interpreter lock.
 template <class Work>

@@ -4,9 +4,11 @@
 #include <nanobind/operators.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include "bitdecoding/layout/page_record.hpp"
 #include "cache_arrays.hpp"
+#include "decode_plans.hpp"
 #include "facts.hpp"
 #include "kv_format.hpp"
 #include "pack_arrays.hpp"
@@ -71,31 +73,41 @@ Raises ValueError naming the field, its value and what is allowed.)")
 void bind_cache_arrays(nb::module_& module) {
   nb::class_<CacheArrays>(module, "CacheArrays",
                           "The checked arrays of a PagedKvCache and its compiled operations.")
-      .def(nb::init<const KvFormat&, int, int, nb::handle, nb::handle, nb::handle, nb::handle,
-                    nb::handle, nb::handle>(),
-           "format"_a, nb::kw_only(), "keep_first"_a, "keep_last"_a, "pool"_a.none(),
-           "side"_a.none(), "block_table"_a.none(), "slots"_a.none(), "lengths"_a.none(),
-           "packed"_a.none())
+      .def(
+          "__init__",
+          [](CacheArrays* self, const KvFormat& format, int keep_first, int keep_last,
+             nb::handle pool, nb::handle side, nb::handle block_table, nb::handle slots,
+             nb::handle lengths, nb::handle packed, bool keep) {
+            new (self) CacheArrays(format, keep_first, keep_last, pool, side, block_table, slots,
+                                   lengths, packed, keep ? Lifetime::longer : Lifetime::call);
+          },
+          "format"_a, nb::kw_only(), "keep_first"_a, "keep_last"_a, "pool"_a.none(),
+          "side"_a.none(), "block_table"_a.none(), "slots"_a.none(), "lengths"_a.none(),
+          "packed"_a.none(), "keep"_a = true,
+          "keep = False: used only while the caller holds the arrays and nobody resizes them.")
       .def_prop_ro("device", &CacheArrays::device)
       .def_prop_ro("capacity_tokens", &CacheArrays::capacity_tokens)
       .def(
           "append",
           [](CacheArrays& self, nb::handle k, nb::handle v, nb::handle leftpad,
-             nb::handle num_tokens, int max_tokens, int threads, Stream stream) {
+             nb::handle num_tokens, int max_tokens, int threads, Stream stream, bool checks_only) {
             self.append(k, v, leftpad, num_tokens, max_tokens,
-                        {.threads = threads, .stream = stream});
+                        {.threads = threads, .stream = stream, .checks_only = checks_only});
           },
           "k"_a.none(), "v"_a.none(), nb::kw_only(), "leftpad"_a.none(), "num_tokens"_a.none(),
-          "max_tokens"_a, "threads"_a, "stream"_a.none())
+          "max_tokens"_a, "threads"_a, "stream"_a.none(), "checks_only"_a = false)
       .def(
           "decode",
           [](CacheArrays& self, nb::handle q, nb::handle out, nb::handle lse, double softmax_scale,
-             int threads, Stream stream, std::optional<std::string> kernel) {
+             int threads, Stream stream, std::optional<std::string> kernel, bool checks_only) {
             self.decode(q, out, lse, softmax_scale,
-                        {.threads = threads, .stream = stream, .kernel = std::move(kernel)});
+                        {.threads = threads,
+                         .stream = stream,
+                         .kernel = std::move(kernel),
+                         .checks_only = checks_only});
           },
           "q"_a.none(), "out"_a.none(), nb::kw_only(), "lse"_a.none(), "softmax_scale"_a,
-          "threads"_a, "stream"_a.none(), "kernel"_a.none())
+          "threads"_a, "stream"_a.none(), "kernel"_a.none(), "checks_only"_a = false)
       .def("check", &CacheArrays::check, "block_table"_a, "slots"_a, "lengths"_a, "packed"_a)
       .def("use_workspace", &CacheArrays::use_workspace, "workspace"_a)
       .def_prop_ro("error_word", &CacheArrays::error_word)
@@ -110,6 +122,40 @@ void bind_cache_arrays(nb::module_& module) {
              "Raises ValueError for zones that no cache of the format has.");
 }
 
+void bind_functions(nb::module_& module) {
+  module.def(
+      "pack_arrays",
+      [](nb::handle k, nb::handle v, nb::handle pool, nb::handle block_table,
+         const KvFormat& format, int keep_first, nb::handle first_page, nb::handle leftpad,
+         nb::handle num_tokens, int threads, Stream stream, nb::handle error_word,
+         bool checks_only) {
+        pack_arrays(k, v, pool, block_table, format, keep_first, first_page, leftpad, num_tokens,
+                    {.threads = threads, .stream = stream, .checks_only = checks_only}, error_word);
+      },
+      "k"_a.none(), "v"_a.none(), "pool"_a.none(), "block_table"_a.none(), nb::kw_only(),
+      "format"_a, "keep_first"_a, "first_page"_a.none(), "leftpad"_a.none(), "num_tokens"_a.none(),
+      "threads"_a, "stream"_a.none(), "error_word"_a.none(), "checks_only"_a = false,
+      "bitdecoding.pack_pages, with an error word that the caller supplies.");
+  module.def(
+      "plan_decode",
+      [](const KvFormat& format, int columns, int device) {
+        return plan_facts(decode_plan(format, columns, std::nullopt, device));
+      },
+      "format"_a, nb::kw_only(), "columns"_a, "device"_a,
+      nb::sig("def plan_decode(format: KvFormat, *, columns: int, device: int) "
+              "-> dict[str, typing.Any]"),
+      "PagedKvCache.plan_decode for a CUDA device, without a cache.");
+  module.def("decode_kernel", &decode_kernel, "format"_a, "columns"_a, nb::kw_only(),
+             "compute_capability"_a,
+             "bitdecoding.plan.decode_kernel, of arguments that fit an int.");
+  module.def("traced_array", &traced_array, nb::rv_policy::reference, "shape"_a, nb::kw_only(),
+             "strides"_a, "code"_a, "bits"_a, "cuda_device"_a.none(),
+             nb::sig("def traced_array(shape: list[int], *, strides: list[int], code: int, "
+                     "bits: int, cuda_device: int | None) -> typing.Any"),
+             "An array without memory, for calls with checks_only; code, bits: of its dtype in "
+             "DLPack.");
+}
+
 }  // namespace
 }  // namespace bitdecoding::python
 
@@ -119,15 +165,7 @@ NB_MODULE(_ext, module) {
   module.doc() = "The compiled part of bitdecoding: formats, cache operations, facts of the build.";
   bind_kv_format(module);
   bind_cache_arrays(module);
-  module.def(
-      "pack_arrays", &pack_arrays, "k"_a.none(), "v"_a.none(), "pool"_a.none(),
-      "block_table"_a.none(), nb::kw_only(), "format"_a, "keep_first"_a, "first_page"_a.none(),
-      "leftpad"_a.none(), "num_tokens"_a.none(), "threads"_a, "stream"_a.none(),
-      "error_word"_a.none(),
-      "bitdecoding.pack_pages, on a stream and with an error word that the caller supplies.");
-  module.def("decode_kernel", &decode_kernel, "format"_a, "columns"_a, nb::kw_only(),
-             "compute_capability"_a,
-             "bitdecoding.plan.decode_kernel, of arguments that fit an int.");
+  bind_functions(module);
   module.def("build_info", &build_facts, nb::sig("def build_info() -> dict[str, typing.Any]"),
              R"(Where this build comes from and what it holds.
 

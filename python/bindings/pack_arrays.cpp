@@ -6,14 +6,12 @@
 #include "bitdecoding/layout/page_record.hpp"
 #include "bitdecoding/quantize/pack_problem.hpp"
 #include "bitdecoding/run.hpp"
-#include "execution.hpp"
 
 namespace bitdecoding::python {
 
 void pack_arrays(nb::handle k, nb::handle v, nb::handle pool, nb::handle block_table,
                  const KvFormat& format, int keep_first, nb::handle first_page, nb::handle leftpad,
-                 nb::handle num_tokens, int threads, std::optional<std::uintptr_t> stream,
-                 nb::handle error_word) {
+                 nb::handle num_tokens, const RunOptions& options, nb::handle error_word) {
   const Array pages(pool, "pool", Access::write);
   pages.expect_bytes().expect_contiguous().expect_address(layout::kSectionAlignment_bytes);
   pages.expect_shape("(num_pages, num_kv_heads, page_bytes)", {kAny, kAny, page_bytes(format)});
@@ -35,18 +33,25 @@ void pack_arrays(nb::handle k, nb::handle v, nb::handle pool, nb::handle block_t
                             .block_table = static_cast<const std::int32_t*>(table.data()),
                             .max_pages = table.extent(1),
                             .first_page = data_or_null(first)};
-  const RunOptions options{.threads = threads, .stream = stream};
   if (pages.device().is_cuda) {
-    CudaExecution execution = cuda_execution(pages, options);
+    CudaExecution execution = cuda_execution(pages, options, k);
     std::optional<Array> word;
     if (!error_word.is_none()) {
-      word = import_error_word(error_word, pages);
+      word = import_error_word(error_word, pages, Lifetime::call);
       execution.error_word = word->writable<int>();
     }
-    run([&] { return bitdecoding::pack_pages(problem, execution); });
+    run([&] {
+      return options.checks_only ? validate_for_cuda(problem)
+                                 : bitdecoding::pack_pages(problem, execution);
+    });
   } else {
+    if (!error_word.is_none()) {
+      refuse_value("error_word = an array; allowed: None, since the arrays are on cpu");
+    }
     const CpuExecution execution = cpu_execution(pages, options);
-    run([&] { return bitdecoding::pack_pages(problem, execution); });
+    run([&] {
+      return options.checks_only ? validate(problem) : bitdecoding::pack_pages(problem, execution);
+    });
   }
 }
 

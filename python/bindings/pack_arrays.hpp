@@ -4,16 +4,14 @@
 
 #include <nanobind/nanobind.h>
 
-#include <cstdint>
-#include <optional>
-
 #include "bitdecoding/format/kv_format.hpp"
+#include "execution.hpp"
 
 namespace bitdecoding::python {
 
 void pack_arrays(nanobind::handle k, nanobind::handle v, nanobind::handle pool,
                  nanobind::handle block_table, const KvFormat& format, int keep_first,
                  nanobind::handle first_page, nanobind::handle leftpad, nanobind::handle num_tokens,
-                 int threads, std::optional<std::uintptr_t> stream, nanobind::handle error_word);
+                 const RunOptions& options, nanobind::handle error_word);
 
 }  // namespace bitdecoding::python

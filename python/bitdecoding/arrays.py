@@ -32,6 +32,18 @@ def count(name: str, value: int, *, least: int, most: int = LARGEST) -> int:
     return number
 
 
+def query_columns(query_heads: int, query_tokens: int, num_kv_heads: int) -> int:
+    """Queries of a KV head: what a plan of decode asks for. ValueError where heads don't divide."""
+    heads = count("num_kv_heads", num_kv_heads, least=1)
+    query_heads = count("query_heads", query_heads, least=1)
+    if query_heads % heads != 0:
+        raise ValueError(
+            f"query_heads = {query_heads}; allowed: multiples of num_kv_heads ({heads})"
+        )
+    columns = count("query_tokens", query_tokens, least=1) * (query_heads // heads)
+    return count("columns", columns, least=1)
+
+
 def real(name: str, value: float) -> float:
     """`value` as a float; TypeError names it where it isn't a number."""
     try:
@@ -55,11 +67,14 @@ def torch_of(array: object) -> Any | None:
     return torch if torch is not None and isinstance(array, torch.Tensor) else None
 
 
-def stream_of(array: Any, stream: int | None) -> int | None:
-    """The stream of a call as an int: `stream` where it is given, else torch's current one on the
-    device of `array`. None: `array` is no torch tensor on CUDA."""
-    if stream is not None:
-        return count("stream", stream, least=0, most=2**64 - 1)
+def given_stream(stream: int | None) -> int | None:
+    """The argument `stream` of a call, checked."""
+    return None if stream is None else count("stream", stream, least=0, most=2**64 - 1)
+
+
+def stream_of(array: Any) -> int | None:
+    """torch's current stream on the device of `array`; None where it is no tensor on CUDA. Calls
+    ask it without a `stream`, and where the array's library has no quicker answer."""
     torch = torch_of(array)
     if torch is None or not array.is_cuda:
         return None
@@ -76,13 +91,14 @@ def empty_like(array: Any, name: str) -> Any:
     raise _no_library(array, name)
 
 
-def empty_floats(array: Any, name: str, shape: tuple[int, ...]) -> Array:
-    """A new float32 array of the library and device of `array`."""
-    if (torch := torch_of(array)) is not None:
-        return torch.empty(shape, dtype=torch.float32, device=array.device)
-    if isinstance(array, np.ndarray):
-        return np.empty(shape, np.float32)
-    raise _no_library(array, name)
+def empty_lse(q: Any) -> Array:
+    """A new float32 (B, Hq, Sq) of the library and device of q (B, Sq, Hq, D)."""
+    batch, tokens, heads = (*getattr(q, "shape", ()), 0, 0, 0)[:3]  # who reads q refuses its rank
+    if (torch := torch_of(q)) is not None:
+        return torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    if isinstance(q, np.ndarray):
+        return np.empty((batch, heads, tokens), np.float32)
+    raise _no_library(q, "q")
 
 
 def _no_library(array: object, name: str) -> TypeError:

@@ -15,11 +15,12 @@ from bitdecoding.arrays import (
     as_format,
     count,
     device_name,
-    empty_floats,
     empty_like,
+    empty_lse,
+    given_stream,
     on_device,
+    query_columns,
     real,
-    stream_of,
     to_host,
     wait_for,
     zeros,
@@ -28,6 +29,7 @@ from bitdecoding.device_errors import raise_device_error
 from bitdecoding.workspace import Workspace, workspace_for
 
 _TABLES = ("block_table", "slots", "lengths", "packed")
+ARRAYS = ("pool", "side", *_TABLES)
 
 
 class PagedKvCache:
@@ -172,6 +174,7 @@ class PagedKvCache:
         if self._workspace is not None:
             self._arrays.use_workspace(self._workspace)
         self._format = format
+        self._scale = 1 / math.sqrt(format.head_dim)
         self._max_tokens = self._arrays.capacity_tokens if max_tokens is None else max_tokens
 
     def append(
@@ -207,7 +210,7 @@ class PagedKvCache:
             num_tokens=num_tokens,
             max_tokens=self._max_tokens,
             threads=count("threads", threads, least=0),
-            stream=stream_of(k, stream),
+            stream=given_stream(stream),
         )
 
     @overload
@@ -265,22 +268,16 @@ class PagedKvCache:
         Returns out, or (out, lse) with lse float32 (B, Hq, Sq). An empty sequence gives 0 and -inf.
         """
         threads = count("threads", threads, least=0)
-        scale = 1 / math.sqrt(self._format.head_dim)
-        if softmax_scale is not None:
-            scale = real("softmax_scale", softmax_scale)
+        scale = self._scale if softmax_scale is None else real("softmax_scale", softmax_scale)
         result = empty_like(q, "q") if out is None else out
-        lse: Array | None = None
-        if return_softmax_lse:
-            shape = getattr(q, "shape", ())
-            batch, tokens, heads = (*shape, 0, 0, 0)[:3]  # a wrong rank is refused below
-            lse = empty_floats(q, "q", (batch, heads, tokens))
+        lse: Array | None = empty_lse(q) if return_softmax_lse else None
         self._arrays.decode(
             q,
             result,
             lse=lse,
             softmax_scale=scale,
             threads=threads,
-            stream=stream_of(q, stream),
+            stream=given_stream(stream),
             kernel=kernel,
         )
         return result if lse is None else (result, lse)
@@ -293,14 +290,8 @@ class PagedKvCache:
         Keys: kernel, ctas, warps (of a CTA), stages (of a warp), stage_bytes, smem_bytes (of a
         CTA), workspace_bytes (of a `Workspace`). None of them depends on lengths.
         """
-        heads = int(self.pool.shape[1])
-        query_heads = count("query_heads", query_heads, least=1)
-        if query_heads % heads != 0:
-            raise ValueError(
-                f"query_heads = {query_heads}; allowed: multiples of num_kv_heads ({heads})"
-            )
-        columns = count("query_tokens", query_tokens, least=1) * (query_heads // heads)
-        return self._arrays.plan_decode(count("columns", columns, least=1), kernel=kernel)
+        columns = query_columns(query_heads, query_tokens, int(self.pool.shape[1]))
+        return self._arrays.plan_decode(columns, kernel=kernel)
 
     def reset(self) -> None:
         """Makes every sequence empty. Pages and zones keep their bytes, which nothing reads. On

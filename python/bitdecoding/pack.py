@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from bitdecoding._ext import KvFormat, pack_arrays
-from bitdecoding.arrays import Array, as_format, count, stream_of, torch_of
+from bitdecoding.arrays import Array, as_format, count, given_stream, torch_of
 from bitdecoding.device_errors import raise_device_error
 
 
@@ -61,7 +61,7 @@ def pack_pages(
         leftpad=leftpad,
         num_tokens=num_tokens,
         threads=count("threads", threads, least=0),
-        stream=stream_of(k, stream),
+        stream=given_stream(stream),
         error_word=error_word,
     )
     if error_word is not None:

@@ -155,9 +155,7 @@ def build_many(contents: Contents, queries: tuple[Queries, ...], times: int) -> 
     )
     cases = []
     for case in one.cases:
-        exact = case.expected
-        parts = (exact.out, exact.lse, exact.out_bound, exact.lse_bound)
-        expected = Expected(*(np.concatenate([part] * times) for part in parts))
+        expected = case.expected.mapped(lambda part: np.concatenate([part] * times))
         q = case.q.repeat(times, 1, 1, 1)
         cases.append(Case(contents, case.queries, case.scale, q, expected))
     return Built(cache, cases)

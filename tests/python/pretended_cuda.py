@@ -13,8 +13,8 @@ CUDA = 2  # DLPack's device type
 KINDS = {"i": 0, "u": 1, "f": 2}
 
 
-class Managed(ctypes.Structure):
-    """DLManagedTensor of DLPack, without a deleter."""
+class Tensor(ctypes.Structure):
+    """DLTensor of DLPack."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -27,6 +27,14 @@ class Managed(ctypes.Structure):
         ("shape", ctypes.POINTER(ctypes.c_int64)),
         ("strides", ctypes.POINTER(ctypes.c_int64)),
         ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class Managed(ctypes.Structure):
+    """DLManagedTensor of DLPack, without a deleter."""
+
+    _fields_ = (
+        ("tensor", Tensor),
         ("manager", ctypes.c_void_p),
         ("deleter", ctypes.c_void_p),
     )
@@ -51,11 +59,18 @@ class PretendedCuda:
         return CUDA, self._device
 
     def __dlpack__(self, **_: Any) -> object:
+        managed = Managed(tensor=self._describe())
+        self._lent.append(managed)
+        capsule: object = new_capsule(ctypes.addressof(managed), b"dltensor", None)
+        return capsule
+
+    def _describe(self) -> Tensor:
         array = self._array
         extents = ctypes.c_int64 * array.ndim
         shape = extents(*array.shape)
         strides = extents(*(stride // array.itemsize for stride in array.strides))
-        managed = Managed(
+        self._lent.append((shape, strides))
+        return Tensor(
             data=array.ctypes.data,
             device_type=CUDA,
             device_id=self._device,
@@ -66,6 +81,53 @@ class PretendedCuda:
             shape=shape,
             strides=strides,
         )
-        self._lent.append((managed, shape, strides))
-        capsule: object = new_capsule(ctypes.addressof(managed), b"dltensor", None)
-        return capsule
+
+
+ToView = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(Tensor))
+CurrentStream = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_int, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p)
+)
+
+
+class ExchangeTable(ctypes.Structure):
+    """DLPackExchangeAPI of DLPack 1."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("older", ctypes.c_void_p),
+        ("allocate", ctypes.c_void_p),
+        ("to_managed", ctypes.c_void_p),
+        ("from_managed", ctypes.c_void_p),
+        ("to_view", ToView),
+        ("current_stream", CurrentStream),
+    )
+
+
+class PretendedLibrary(PretendedCuda):
+    """A PretendedCuda of a library that has DLPack's table of C functions."""
+
+    asked: list[tuple[int, int]] = []  # noqa: RUF012 (of the library's stream: device type, index)
+
+    @staticmethod
+    def _view(array: PretendedLibrary, view: Any) -> int:
+        view[0] = array._describe()
+        return 0
+
+    @staticmethod
+    def _stream(device_type: int, device: int, stream: Any) -> int:
+        PretendedLibrary.asked.append((device_type, device))
+        stream[0] = 1234
+        return 0
+
+
+TABLE_NAME = b"dlpack_exchange_api"  # a capsule points to its name
+TABLE = ExchangeTable(
+    major=1,
+    minor=3,
+    to_view=ToView(PretendedLibrary._view),
+    current_stream=CurrentStream(PretendedLibrary._stream),
+)
+PretendedLibrary.__dlpack_c_exchange_api__ = new_capsule(  # type: ignore[attr-defined]
+    ctypes.addressof(TABLE), TABLE_NAME, None
+)

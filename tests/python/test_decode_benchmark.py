@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/decode.py without a GPU: its caches are legal, its bytes are counted, its table."""
+"""benchmarks/decode.py without a GPU: its caches are legal, its bytes are counted, its rows."""
 
 from __future__ import annotations
 
 import importlib
-from argparse import Namespace
+import json
+import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,14 +19,17 @@ from bitdecoding import KvFormat, PagedKvCache
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-# batch, KV heads, group, length; zones
+# Case; zones
 SHAPES = [
-    ((2, 2, 4, 700), (16, 64)),
-    ((1, 3, 1, 512), (0, 0)),  # no tail
-    ((3, 1, 2, 513), (5, 0)),  # page 0 is read besides 5 first tokens
-    ((2, 2, 1, 400), (128, 7)),  # no token of page 0 is read from it
-    ((2, 1, 3, 100), (16, 64)),  # no page
+    ("2x2x4@700", (16, 64)),
+    ("1x3x1@512", (0, 0)),  # no tail
+    ("3x1x2@513:q2", (5, 0)),  # page 0 is read besides 5 first tokens
+    ("2x2x1@400", (128, 7)),  # no token of page 0 is read from it
+    ("2x1x3@100", (16, 64)),  # no page
+    ("4x2x1@60-900:q3", (16, 64)),  # ragged: one of them without a page
+    ("2x2x2@300:d64", (16, 64)),
 ]
+SMALL = {128: "k2v2_c32_v32_p128_d128_norm", 64: "k4v4_c128_v64_p128_d64"}
 
 
 @pytest.fixture
@@ -32,14 +38,8 @@ def cases(torch: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("decode_cases")
 
 
-@pytest.fixture
-def summary(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("summary")
-
-
-def formats(cases: Any) -> list[KvFormat]:
-    return [KvFormat.parse(name) for name in cases.FORMATS]
+def parsed(*names: str) -> list[KvFormat]:
+    return [KvFormat.parse(name) for name in names]
 
 
 def counted_bytes(cache: PagedKvCache) -> int:
@@ -62,18 +62,22 @@ def counted_bytes(cache: PagedKvCache) -> int:
     return total
 
 
-@pytest.mark.parametrize(("shape", "zones"), SHAPES, ids=str)
-def test_caches(torch: Any, cases: Any, shape: tuple[int, ...], zones: tuple[int, int]) -> None:
-    case, zone, device = cases.Case(*shape), cases.Zones(*zones), torch.device("cpu")
-    for f in formats(cases):
+@pytest.mark.parametrize(("name", "zones"), SHAPES, ids=str)
+def test_caches(torch: Any, cases: Any, name: str, zones: tuple[int, int]) -> None:
+    case, zone, device = cases.Case.parse(name), cases.Zones(*zones), torch.device("cpu")
+    names = (SMALL[128], "k4v2_c128_v128_p128_d128") if case.head_dim == 128 else (SMALL[64],)
+    for f in parsed(*names):
         copies = cases.caches(case, f, zone, 3, device)
-        pages = np.concatenate([np.asarray(cache.block_table).ravel() for cache in copies])
+        used = [np.asarray(cache.block_table).ravel() for cache in copies]
+        pages = np.concatenate(used)[np.concatenate(used) >= 0]
         slots = np.concatenate([np.asarray(cache.slots) for cache in copies])
-        assert len(set(pages)) == len(pages)
+        packed = sum(int(np.asarray(cache.packed).sum()) for cache in copies)
+        assert len(set(pages)) == len(pages) == packed // f.page_tokens
         assert len(set(slots)) == len(slots)
         for cache in copies:
+            assert list(cache.lengths) == case.lengths()
             cache.check()
-            q = cases.queries(case, f.head_dim, device)
+            q = cases.queries(case, device)
             out = torch.full_like(q, torch.nan)
             cache.decode(q, out=out)
             assert_attends(cache, q.numpy(), out.numpy(), dtype="float16")
@@ -82,21 +86,17 @@ def test_caches(torch: Any, cases: Any, shape: tuple[int, ...], zones: tuple[int
 
 
 def test_bytes_of_the_first_case(cases: Any) -> None:
-    case, zones = cases.CASES[0], cases.Zones(0, 0)
-    int4, _, int2, _ = formats(cases)
+    case, zones = importlib.import_module("shapes").ceiling_case(), cases.Zones(0, 0)
+    int4, int2 = parsed("k4v4_c128_v128_p128_d128", "k2v2_c128_v128_p128_d128")
     queries = 2 * 8 * 32 * 128 * 2
+    assert str(case) == "8x8x4@131072"
     assert cases.decode_bytes(case, int4, zones) == 8 * 8 * 1024 * 17408 + queries
     assert cases.decode_bytes(case, int2, zones) == 8 * 8 * 1024 * 9216 + queries
-    assert cases.sixteen_bit_bytes(case, 128) == 2 * 8 * 8 * 131072 * 128 * 2 + queries
+    assert cases.sixteen_bit_bytes(case) == 2 * 8 * 8 * 131072 * 128 * 2 + queries
 
 
-def test_names(cases: Any) -> None:
-    assert cases.Case.parse("128x8x4@4096") == cases.Case(128, 8, 4, 4096)
-    assert str(cases.Case(1, 2, 3, 4)) == "1x2x3@4"
+def test_zones(cases: Any) -> None:
     assert cases.Zones.parse("16/64") == cases.Zones(16, 64)
-    for text in ("8x8@4096", "0x8x4@4096", "8x8x4"):
-        with pytest.raises(ValueError, match=f"case = '{text}'; allowed: "):
-            cases.Case.parse(text)
     with pytest.raises(ValueError, match=r"zones = '16'; allowed: "):
         cases.Zones.parse("16")
 
@@ -109,7 +109,8 @@ def test_cold_memory(cases: Any) -> None:
         assert copies >= 2
         assert (copies - 1) * moved >= 4 * l2
         assert copies == 2 or (copies - 2) * moved < 4 * l2
-    for copies, launches in ((2, 20), (3, 21), (20, 20), (52, 52)):
+    assert cases.copies_needed(30 << 30, l2) == 1
+    for copies, launches in ((1, 20), (2, 20), (3, 21), (20, 20), (52, 52)):
         assert cases.launches_needed(copies) == launches
 
 
@@ -117,128 +118,205 @@ def test_kernel_row(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = ["pack_k4v4_c_d128"]
     for arch in ("sm80", "sm90"):
         for page in ("k4v4_c_d128", "k2v2_c_d128", "k4v4_t_d128"):
-            kernels += [f"decode_{arch}_{page}_n{columns}" for columns in (16, 8)]
-    int4, mixed, int2, int2_small = formats(cases)
+            kernels += [f"decode_{arch}_{page}_n{columns}" for columns in (16, 8, 4)]
+    int4, mixed, small = parsed(
+        "k4v4_c128_v128_p128_d128", "k4v2_c128_v128_p128_d128", "k2v2_c32_v32_p128_d128"
+    )
 
     def chosen(f: KvFormat, columns: int, *, compute_capability: int) -> str:
         if f == mixed:
             raise NotImplementedError
-        tile = 8 if columns <= 8 else 16
+        tile = next((tile for tile in (4, 8) if columns <= tile), 16)
         return f"decode_sm{compute_capability}_k{f.k_bits}v{f.v_bits}_c_d128_n{tile}"
 
     monkeypatch.setattr(cases.bitdecoding, "build_info", lambda: {"kernels": kernels})
     monkeypatch.setattr(cases, "decode_kernel", chosen)
+    assert cases.kernel_row("decode_sm90_*", int4, 4) == "decode_sm90_k4v4_c_d128_n4"
     found = cases.kernel_row("decode_sm90_*", int4, 8)
     assert found == "decode_sm90_k4v4_c_d128_n8"
     assert cases.copy_engine(found) == "bulk"
-    found = cases.kernel_row("decode_sm80_*", int2_small, 9)
+    found = cases.kernel_row("decode_sm80_*", small, 9)
     assert found == "decode_sm80_k2v2_c_d128_n16"
     assert cases.copy_engine(found) == "cp.async"
     for named in ("decode_sm80_k2v2_c_d128_n16", "decode_sm80_*_n16"):  # not what a call would get
-        assert cases.kernel_row(named, int2, 1) == "decode_sm80_k2v2_c_d128_n16"
+        assert cases.kernel_row(named, small, 1) == "decode_sm80_k2v2_c_d128_n16"
     with pytest.raises(LookupError, match=f"'decode_sm90_.' for {mixed}"):
         cases.kernel_row("decode_sm90_*", mixed, 1)
     with pytest.raises(LookupError, match=r"'\*_n16' for .* and 1 columns"):
-        cases.kernel_row("*_n16", int2, 1)  # one of 8.x, one of 9.0: which?
+        cases.kernel_row("*_n16", small, 1)  # one of 8.x, one of 9.0: which?
 
 
-FACTS = ("gpu", "driver", "nvcc", "torch", "commit")
 FIELDS = {
-    "batch", "heads_kv", "group", "length", "format", "mode", "sinks", "recent", "time_us",
-    "p10_us", "p90_us", "host_us", "bytes", "tb_per_s", "copy", "kernel", "iterations", *FACTS,
+    "case", "batch", "heads_kv", "group", "query_tokens", "length", "head_dim", "format", "sinks",
+    "recent", "selection", "bytes", "copy", "kernel", "mode", "time_us", "p10_us", "p90_us",
+    "iterations", "host_us", "tb_per_s", "ceiling_tb_per_s", "fraction_of_ceiling",
 }  # fmt: skip
+KERNEL = "decode_sm90_k4v4_c_d128_n8"
 
 
-def test_rows(torch: Any, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every field in every row, and a row with its reason for what can't be timed."""
+@pytest.fixture
+def bench(torch: Any, cases: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """decode.py with timers that call everything once: 10 us, 5 us of the host."""
     pytest.importorskip("rich")
-    bench = importlib.import_module("decode")
-    row, name = "decode_sm90_k4v4_c_d128_n8", cases.FORMATS[0]
 
-    def timed(calls: Any, *_: int) -> dict[str, Any]:
+    def timed(calls: Any, *_: int, **__: float) -> dict[str, Any]:
         for call in calls:
             call()
         return {"time_us": 10.0, "p10_us": 9.0, "p90_us": 11.0, "iterations": 3}
 
-    monkeypatch.setattr(bench, "graph_time_us", timed)
-    monkeypatch.setattr(bench, "time_us", timed)
-    monkeypatch.setattr(bench, "host_us", lambda calls: 5.0)
+    work = importlib.import_module("work")
+    monkeypatch.setattr(work, "graph_time_us", timed)
+    monkeypatch.setattr(work, "time_us", timed)
+    monkeypatch.setattr(work, "host_us", lambda calls, count: 5.0)
     decode = PagedKvCache.decode
     pretended = {
         "decode": lambda self, q, *, out, kernel: decode(self, q, out=out),
-        "plan_decode": lambda self, **_: {"kernel": row},
+        "plan_decode": lambda self, **_: {"kernel": KERNEL},
     }
     for function, stand_in in pretended.items():
         monkeypatch.setattr(PagedKvCache, function, stand_in, raising=False)
-    case, zones, f = cases.Case(2, 2, 1, 300), cases.Zones(16, 64), KvFormat.parse(name)
-    args = Namespace(kernel=None, device=torch.device("cpu"), replays=1, launches=1)
-    facts = dict.fromkeys(FACTS, "?")
-    rows = bench.decode_rows(case, f, zones, args, 1 << 16)
-    rows += bench.baseline_rows(case, args, 1 << 16)
-    args.kernel = "decode_sm75_*"
-    rows += bench.decode_rows(case, f, zones, args, 1 << 16)
+    return importlib.import_module("decode")
 
-    ours, fa2, cudnn, refused = (rows[i : i + 2] for i in range(0, 8, 2))
+
+def here(torch: Any) -> Any:
+    return importlib.import_module("baselines").Device(torch.device("cpu"), 1 << 16)
+
+
+def test_rows(torch: Any, cases: Any, bench: Any) -> None:
+    """Every field in every row, and a row with its reason for what can't be timed."""
+    case, zones, name = cases.Case(2, 2, 1, 300), cases.Zones(16, 64), "k4v4_c128_v128_p128_d128"
+    effort, where = bench.Effort(("graph", "plain")), here(torch)
+    rows = bench.decode_rows(case, bench.Measurement(name, bench.PLAN), zones, where, effort)
+    rows += bench.torch_rows(case, where, effort)
+    rows += bench.decode_rows(case, bench.Measurement(name, "decode_sm75_*"), zones, where, effort)
+
+    done = bench.completed(rows)
+    ours, fa2, cudnn, refused = (done[i : i + 2] for i in range(0, 8, 2))
     for graph, plain in (ours, fa2, cudnn, refused):
         assert (graph["mode"], plain["mode"]) == ("graph", "plain")
-    for one in ours + fa2:
-        found = bench.finished(one, facts)
-        assert found.keys() == FIELDS
-        assert found["tb_per_s"] == round(found["bytes"] / 10.0 / 1e6, 3)
-    for one in cudnn + refused:  # cuDNN takes no CPU tensors
-        found = bench.finished(one, facts)
-        assert found.keys() == FIELDS | {"error"}
-        assert found["time_us"] is found["tb_per_s"] is None
-    assert (ours[0]["kernel"], ours[0]["copy"], ours[0]["host_us"]) == (row, "bulk", 5.0)
+    for row in ours + fa2:
+        assert row.keys() - {"speedup_best_16bit"} == FIELDS
+        assert row["tb_per_s"] == round(row["bytes"] / 10.0 / 1e6, 3)
+    for row in cudnn + refused:  # cuDNN takes no CPU tensors
+        assert row.keys() - {"speedup_best_16bit"} == FIELDS | {"error"}
+        assert row["time_us"] is row["tb_per_s"] is row["fraction_of_ceiling"] is None
+    assert (ours[0]["kernel"], ours[0]["copy"], ours[0]["host_us"]) == (KERNEL, "bulk", 5.0)
+    assert (ours[0]["selection"], refused[0]["selection"]) == ("plan", "decode_sm75_*")
+    assert ours[0]["speedup_best_16bit"] == 1.0
     assert refused[0]["error"].startswith(f"no kernel 'decode_sm75_*' for {name} and 1 columns in")
 
 
-def result_row(kernel: str, time_us: float | None, **other: Any) -> dict[str, Any]:
-    facts = dict.fromkeys(FACTS, "?")
-    case = {"batch": 8, "heads_kv": 8, "group": 4, "length": 1024, "mode": "graph"}
-    zones = {"sinks": None, "recent": None}
-    rate = None if time_us is None else 1000 / time_us
-    row = {"format": "float16", "kernel": kernel, "time_us": time_us, "tb_per_s": rate}
-    return case | zones | row | facts | other
+def test_a_ragged_batch_and_several_query_tokens(torch: Any, cases: Any, bench: Any) -> None:
+    effort, where, zones = bench.Effort(), here(torch), cases.Zones(16, 64)
+    one = bench.Measurement("k4v4_c128_v128_p128_d128", bench.PLAN)
+    ragged = cases.Case.parse("2x2x1@100-900")
+    assert bench.torch_rows(ragged, where, effort) == []
+    (row,) = bench.decode_rows(ragged, one, zones, where, effort)
+    assert (row["case"], row["time_us"]) == ("2x2x1@100-900", 10.0)
+    several = cases.Case.parse("2x2x2@200:q3")
+    (row, _) = bench.torch_rows(several, where, effort)
+    assert (row["query_tokens"], row["time_us"]) == (3, 10.0)
 
 
-def test_summary(summary: Any) -> None:
-    ours = {"format": "k4v4_c128_v128_p128_d128", "sinks": 16, "recent": 64, "tb_per_s": 3.2}
-    small = ours | {"format": "k2v2_c32_v32_p128_d128"}
-    rows = [
-        result_row("torch SDPA FlashAttention-2", 300.0),
-        result_row("torch SDPA cuDNN", 250.0),
-        result_row("torch SDPA cuDNN", 1.0, mode="plain"),
-        result_row("torch sum, read", 400.0),
-        result_row("torch copy_, read and written", 100.0),
-        result_row("decode", 100.0, **ours),
-        result_row("decode", 1.0, **(ours | {"sinks": 0})),
-        result_row("decode", 200.0, **small),
-        result_row("torch SDPA FlashAttention-2", 30.0, length=64),
-        result_row("torch SDPA cuDNN", None, length=64),
-        result_row("decode", 20.0, **(ours | {"length": 64, "tb_per_s": 1.0})),
+def test_arguments(cases: Any, bench: Any) -> None:
+    suites = importlib.import_module("suites")
+    parse = bench.parser().parse_args
+    assert bench.plans_of(parse([])) == suites.planned(suites.TARGETS)
+    plans = bench.plans_of(parse(["--tags", "cp_async", "--kernel", "decode_sm90_*"]))
+    assert {one.kernel for plan in plans.values() for one in plan.ours} == {"decode_sm90_*"}
+    chosen = ["--cases", "1x2x3@4", "--formats", SMALL[128], "--quick", "--no-baselines"]
+    plans = bench.plans_of(parse(chosen))
+    assert plans == {
+        cases.Case(1, 2, 3, 4): bench.Plan([bench.Measurement(SMALL[128], "plan")], True)
+    }
+    for wrong in (["--formats", SMALL[128]], ["--cases", "1x2x3@4:d64", "--formats", SMALL[128]]):
+        with pytest.raises(ValueError, match="--formats"):
+            bench.plans_of(parse(wrong))
+
+
+def test_a_run(
+    torch: Any, cases: Any, bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From the command line to the file: C first, then the case beside it."""
+    baselines = importlib.import_module("baselines")
+    small = cases.Case.parse("2x2x1@300")
+    for module in (baselines, bench, importlib.import_module("results")):
+        monkeypatch.setattr(module, "ceiling_case", lambda: small)
+    facts = {"gpu": "none", "flashinfer": None, "l2_bytes": 1 << 16}
+    monkeypatch.setattr(bench, "machine", lambda: facts)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(bench, "Device", lambda *_: here(torch))
+    read = [sys.executable, "-c", 'print(\'{"bytes": 4000, "time_us": 0.001, ']
+    read[2] += '"p10_us": 1, "p90_us": 1, "iterations": 1}\')'
+    output = tmp_path / "rows.json"
+    names = ["--cases", str(small), "2x2x1@200", "--formats", "k4v4_c128_v128_p128_d128"]
+    command = ["decode.py", *names, "--output", str(output), "--read-command", shlex.join(read)]
+    monkeypatch.setattr(sys, "argv", command)
+    bench.main()
+    content = json.loads(output.read_text())
+    assert content["facts"] == facts
+    kernels = [(row["case"], row["kernel"]) for row in content["rows"]]
+    sdpa = ["torch SDPA FlashAttention-2", "torch SDPA cuDNN"]
+    first = [*sdpa, "torch sum, read", "torch copy_, read and written", "bulk copy, read", KERNEL]
+    assert kernels == [(str(small), name) for name in first] + [
+        ("2x2x1@200", name) for name in (*sdpa, KERNEL)
     ]
-    assert summary.table(rows).splitlines() == [
-        "| B x Hkv x G, L | best 16-bit | K4V4 | K2V2, groups of 32 |",
-        "| --- | --- | --- | --- |",
-        "| 8 x 8 x 4, 1024 | 250 us, cuDNN | 100 us, 2.50x, 0.80 | 200 us, 1.25x, 0.80 |",
-        "| 8 x 8 x 4, 64 | 30.0 us, FlashAttention-2 | 20.0 us, 1.50x, 0.25 | not timed |",
-    ]
-    text = f"a\n{summary.BEGIN}old\n{summary.END}b\n"
-    content = summary.section(rows, "x.json")
-    assert "C = 4.00 TB/s" in content
-    new = summary.updated(text, content)
-    assert new.startswith(f"a\n{summary.BEGIN}\nDecode attention")
-    assert new.endswith(f"not timed |\n\n{summary.END}b\n")
-    assert summary.updated(new, content) == new
-    with pytest.raises(ValueError, match="decode:begin"):
-        summary.updated("a\n", content)
+    assert {row["ceiling_tb_per_s"] for row in content["rows"]} == {4.0}
 
 
-def test_readme_shows_the_result(summary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for document in summary.DOCUMENTS:
-        summary.updated(document.read_text(), "")  # has both markers
-    if not summary.RESULT.exists():
-        pytest.skip(f"no {summary.RESULT.name}")
-    monkeypatch.setattr("sys.argv", ["summary.py", "--check"])
-    summary.main()
+class PretendedFlashInfer:
+    """What we use of FlashInfer's wrapper, by torch's attention over the planned pages."""
+
+    def __init__(self, workspace: Any, layout: str, **options: Any) -> None:
+        assert layout == "NHD"
+        assert options["use_cuda_graph"]
+        self.buffers = {name: value for name, value in options.items() if "buffer" in name}
+
+    def plan(self, indptr: Any, indices: Any, last: Any, *shape: int, **_: Any) -> None:
+        assert len(indices) <= len(self.buffers["paged_kv_indices_buffer"])
+        self.indptr, self.indices, self.last, self.shape = indptr, indices, last, shape
+
+    def run(self, q: Any, pool: Any, *, out: Any) -> None:
+        heads, heads_kv, head_dim, size = self.shape
+        assert q.shape[1:] == (heads, head_dim)
+        for b in range(len(q)):
+            ids = self.indices[self.indptr[b] : self.indptr[b + 1]].long()
+            tokens = (len(ids) - 1) * size + int(self.last[b])
+            k, v = pool[ids].transpose(0, 1).reshape(2, -1, heads_kv, head_dim)[:, :tokens]
+            self.lengths = [*getattr(self, "lengths", []), tokens]
+            repeated = [x.repeat_interleave(heads // heads_kv, 1).transpose(0, 1) for x in (k, v)]
+            sdpa = importlib.import_module("torch").nn.functional.scaled_dot_product_attention
+            out[b] = sdpa(q[b][:, None], *repeated)[:, 0]
+
+
+def test_flashinfer(torch: Any, cases: Any, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    baselines, where, effort = importlib.import_module("baselines"), here(torch), bench.Effort()
+    case = cases.Case.parse("3x2x4@20-100")
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    assert baselines.flashinfer_rows(case, where, effort) == []
+
+    found = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=PretendedFlashInfer)
+    work = baselines.flashinfer_work(found, case, where)
+    work.poison()
+    work.calls[0]()
+    work.verify()
+    assert work.calls[0].func.__self__.lengths == case.lengths()
+
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.setitem(sys.modules, "flashinfer", found)
+    (row,) = baselines.flashinfer_rows(case, where, effort)
+    assert (row["time_us"], row["format"]) == (10.0, "float16")
+    assert baselines.flashinfer_rows(cases.Case(1, 1, 1, 9, query_tokens=2), where, effort) == []
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace())
+    (row,) = baselines.flashinfer_rows(case, where, effort)
+    assert row["error"].startswith("FlashInfer: AttributeError")
+
+
+def test_affordable(cases: Any) -> None:
+    measure = importlib.import_module("measure")
+    assert measure.affordable(100, 1000.0, 1.0) == 100
+    assert measure.affordable(100, 100_000.0, 1.0) == 10
+    assert measure.affordable(100, 1e9, 1.0) == measure.LEAST_ITERATIONS
+    assert measure.affordable(100, 0.0, float("inf")) == 100
+    work = importlib.import_module("work")
+    assert [work.host_calls(time) for time in (1.0, 1000.0, 1e6)] == [50, 10, 5]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import seeds
-from cuda_kernels import DECODE_KERNELS, skip_without_code
+from cuda_kernels import DECODE_KERNELS, multiplies_bytes, skip_without_code
 from decode_inputs import (
     MANY,
     PAGES,
@@ -62,7 +62,9 @@ def check(built: Built, device: str, kernel: str | None, kind: str) -> None:
             q = q.transpose(1, 2).contiguous().transpose(1, 2)
         out, lse = decode(cache, case, q, kernel)
         what = f"seed {seeds.SEED}: {kernel or device}, {case.contents}, {case.queries}"
-        assert_close(out, lse, case.expected, case.queries.dtype, kind=kind, what=what)
+        of_bytes = multiplies_bytes(kernel, case.queries.ratio * case.queries.tokens)
+        dtype = case.queries.dtype
+        assert_close(out, lse, case.expected, dtype, kind=kind, what=what, of_bytes=of_bytes)
     if device != "cpu":
         cache.check()
 

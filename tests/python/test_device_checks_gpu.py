@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cache_contents import ARRAYS
-from cuda_kernels import DECODE_KERNELS, skip_without_code
+from cuda_kernels import DECODE_KERNELS, multiplies_bytes, skip_without_code
 from decode_inputs import (
     Built,
     Contents,
@@ -102,8 +102,7 @@ def contents_of(page: Page) -> Contents:
 
 def others(expected: Expected) -> Expected:
     """Without sequence BAD."""
-    parts = (expected.out, expected.lse, expected.out_bound, expected.lse_bound)
-    return Expected(*(np.delete(part, BAD, axis=0) for part in parts))
+    return expected.mapped(lambda part: np.delete(part, BAD, axis=0))
 
 
 def check_decode(built: Built, cache: PagedKvCache, fault: Fault, kernel: str | None) -> None:
@@ -125,6 +124,7 @@ def check_decode(built: Built, cache: PagedKvCache, fault: Fault, kernel: str | 
         case.queries.dtype,
         kind="beside a bad sequence",
         what=f"{kernel}: {fault}",
+        of_bytes=multiplies_bytes(kernel),
     )
     assert_reported_once(cache, fault)
 

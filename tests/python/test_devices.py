@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cache_contents import ARRAYS
-from pretended_cuda import PretendedCuda
+from pretended_cuda import CUDA, PretendedCuda, PretendedLibrary
 from samples import FORMATS
 
 from bitdecoding import PagedKvCache, Workspace, build_info, pack_pages
@@ -49,6 +49,25 @@ def test_operations_need_a_stream_and_a_kernel() -> None:
     if not build_info()["kernels"]:
         with pytest.raises(NotImplementedError, match="no CUDA kernels"):
             cache.plan_decode(query_heads=4)
+
+
+@pytest.mark.skipif(bool(build_info()["kernels"]), reason="kernels would run on a stream of nobody")
+def test_a_library_says_what_its_stream_is() -> None:
+    """By DLPack's table of C functions, of the device of the arrays, where no stream is given."""
+    cache, x = cuda_cache(1), np.zeros((2, 1, 2, F.head_dim), np.float16)
+    k, out = PretendedLibrary(x, 1), PretendedLibrary(x, 1)
+    operations: list[Callable[..., object]] = [
+        lambda **options: cache.append(k, k, **options),
+        lambda **options: cache.decode(k, out=out, **options),
+    ]
+    for operation in operations:
+        for options, asked in (({}, [(CUDA, 1)]), ({"stream": 7}, [])):
+            PretendedLibrary.asked.clear()
+            with pytest.raises(NotImplementedError, match="no CUDA kernels"):
+                operation(**options)
+            assert PretendedLibrary.asked == asked
+    with pytest.raises(ValueError, match=r"out: shape = \(2, 1, 2, 64\); allowed: q's shape"):
+        cache.decode(k, out=PretendedLibrary(x[..., :64], 1))
 
 
 def test_queries_are_16_bit_and_read_in_pairs() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cache_contents import ARRAYS
+from cuda_kernels import multiplies_bytes
 from decode_inputs import Built, Contents, Queries, build, on_device, on_host
 from half_budget import assert_close
 from samples import FORMATS
@@ -44,6 +45,7 @@ def check_decode(built: Built, cache: PagedKvCache, device: str) -> None:
             case.queries.dtype,
             kind="two devices",
             what=device,
+            of_bytes=multiplies_bytes(None, case.queries.ratio * case.queries.tokens),
         )
 
 

@@ -76,16 +76,16 @@ inline Status validate_for_cuda(const DecodeProblem& p) {
     return invalid_argument("tail_tokens = ", c.tail_tokens,
                             "; allowed on a CUDA device: multiples of 16");
   }
-  // Every 8 query columns of a KV head, or 16, read the cache once.
+  // A tile of query columns of a KV head reads the cache once; the narrowest tiles have 4.
   const std::int64_t columns = std::int64_t{p.query_tokens} * (p.query_heads / c.num_kv_heads);
-  const std::int64_t segments = (columns + 7) / 8 * c.num_kv_heads * c.batch;
+  const std::int64_t segments = (columns + 3) / 4 * c.num_kv_heads * c.batch;
   const std::int64_t units = std::int64_t{c.max_pages} * c.format.chunks() +
                              (std::int64_t{c.keep_first} + c.tail_tokens) / 4 + 4;
   if (columns > INT32_MAX || segments > INT32_MAX / units) {
     return invalid_argument("query_tokens * query_heads / num_kv_heads = ", columns,
                             " with batch * num_kv_heads = ", std::int64_t{c.batch} * c.num_kv_heads,
                             "; allowed on a CUDA device with such a cache: a product up to about ",
-                            INT32_MAX / units * 8);
+                            INT32_MAX / units * 4);
   }
   return {};
 }

@@ -46,6 +46,12 @@ struct Shape {
   static constexpr int operand_column(int n, int g) {
     return product == Product::halves ? 8 * n + g : 4 * n + g / 2;
   }
+  // Lanes that hold a column of B, and their channels. Two lots have a column of bytes: each looks after half of its channels, odd g the upper half.
+  static constexpr int column_lanes = product == Product::halves ? 4 : 8;
+  static constexpr int own_tiles = product == Product::halves ? tiles : tiles / 2;
+  static constexpr int first_own_tile(int g) {
+    return product == Product::halves ? 0 : g % 2 * own_tiles;
+  }
   // The lane whose g is that of its own column c.
   static constexpr int operand_lane(int c, int t) {
     return 4 * (product == Product::halves ? 2 * t + c % 2 : 2 * t);
@@ -81,10 +87,10 @@ using OutputTensor = AccumulatorTensor<S, S::tiles>;
 // One value per query column of the lane.
 template <class S>
 using ColumnTensor = decltype(cute::make_tensor<float>(cute::Shape<Int<S::lane_columns>>{}));
-// q as B operand of fp16 products: (pair of channels, n tile, channel tile), half2 each.
+// q as B operand of fp16 products: (pair of channels, n tile, own channel tile), half2 each.
 template <class S>
-using QueryTensor =
-    decltype(cute::make_tensor<std::uint32_t>(cute::Shape<_2, Int<S::n_tiles>, Int<S::tiles>>{}));
+using QueryTensor = decltype(cute::make_tensor<std::uint32_t>(
+    cute::Shape<_2, Int<S::n_tiles>, Int<S::own_tiles>>{}));
 
 struct FragmentA {
   std::uint32_t a[4];

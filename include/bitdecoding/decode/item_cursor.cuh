@@ -25,19 +25,19 @@ struct alignas(8) ItemTokens {
   int flags;
 };
 
-// Which segment, and where it lies among the units of the batch.
+// Which segment, and where it lies among the items of the batch.
 struct alignas(16) SegmentPlace {
   int sequence;
   int head;   // virtual: KV head * column tiles + tile
-  int begin;  // units at which its first
-  int last;   // and last item begin
+  int begin;  // its first
+  int last;   // and last item
 };
 
 // What all warps of a launch walk through.
 struct BatchShape {
   int heads;         // virtual heads
   int column_tiles;  // of a KV head
-  ItemShape items;
+  int item_tokens;   // of a packed item: a chunk or a page
 };
 
 __device__ inline SequenceState load_state(const PagedKvCache& c, int sequence) {
@@ -49,45 +49,46 @@ __device__ inline Fault find_decode_fault(const PagedKvCache& c, const SequenceS
 }
 
 // A faulty sequence has no items.
-__device__ inline SegmentItems find_segment(const PagedKvCache& c, const ItemShape& shape,
+__device__ inline SegmentItems find_segment(const PagedKvCache& c, int item_tokens,
                                             const SequenceState& state) {
   if (has_fault(c, state) || (state.packed > 0 && c.num_pages == 0)) return {};
-  return segment_items(state.length, state.packed, c.keep_first, shape);
+  return segment_items(state.length, state.packed, c.keep_first, item_tokens);
 }
 
-// Units of the batch: of one head of the `run` sequences from lane * run on, and of everything.
-struct BatchUnits {
+// Items of the batch: of one head of the `run` sequences from lane * run on, and of everything.
+struct BatchItems {
   int run = 1;
   int mine = 0;
   int total = 0;
+  SequenceState first;  // of the lane's first sequence
 };
-__device__ inline int units_run(const PagedKvCache& cache) { return (cache.batch + 31) / 32; }
+__device__ inline int sequences_run(const PagedKvCache& cache) { return (cache.batch + 31) / 32; }
 
 // Of the lane's first sequence; any, if it has none.
 __device__ inline SequenceState load_first_state(const PagedKvCache& cache, int lane) {
-  return load_state(cache, min(lane * units_run(cache), cache.batch - 1));
+  return load_state(cache, min(lane * sequences_run(cache), cache.batch - 1));
 }
 
 // `state`: load_first_state's. Each of the others is on its way while the one before is counted.
-__device__ inline BatchUnits count_units(const PagedKvCache& cache, const BatchShape& shape,
+__device__ inline BatchItems count_items(const PagedKvCache& cache, const BatchShape& shape,
                                          int lane, SequenceState state) {
-  BatchUnits units{units_run(cache)};
-  const int begin = lane * units.run, end = min(begin + units.run, cache.batch);
+  BatchItems items{sequences_run(cache), 0, 0, state};
+  const int begin = lane * items.run, end = min(begin + items.run, cache.batch);
   for (int sequence = begin; sequence < end; ++sequence) {
     const SequenceState next = load_state(cache, min(sequence + 1, cache.batch - 1));
-    units.mine += find_segment(cache, shape.items, state).weight();
+    items.mine += find_segment(cache, shape.item_tokens, state).items();
     state = next;
   }
-  const auto mine = static_cast<unsigned>(units.mine);
-  units.total = static_cast<int>(__reduce_add_sync(0xffffffffu, mine)) * shape.heads;
-  return units;
+  const auto mine = static_cast<unsigned>(items.mine);
+  items.total = static_cast<int>(__reduce_add_sync(0xffffffffu, mine)) * shape.heads;
+  return items;
 }
 
 inline constexpr int kPageIds = 32;  // loaded at once, a lane each
 
 // Where a warp stands. It lies in shared memory while the warp computes: registers are for that.
 struct alignas(16) CursorState {
-  UnitRange range;  // units of the warp
+  ItemRange range;  // of the batch, the warp's
   int sequence = 0, head = 0, kv_head = 0;
   int segment_begin = 0;
   int item = 0, item_begin = 0, item_end = 0;  // of the segment: now, and those in the range
@@ -116,12 +117,12 @@ class ItemCursor {
         lane_(lane),
         error_word_(error_word),
         page_ids_(storage.page_ids),
-        item_log2_(log2_of(shape.items.packed_tokens)),
+        item_log2_(log2_of(shape.item_tokens)),
         page_log2_(log2_of(cache.format.page_tokens) - item_log2_) {}
 
-  __device__ void start(UnitRange range, const BatchUnits& units) {
+  __device__ void start(ItemRange range, const BatchItems& items) {
     s_.range = range;
-    if (range.begin < range.end) find_start(units);
+    if (range.begin < range.end) find_start(items);
   }
   __device__ void load(const CursorState& from) { s_ = from; }
   __device__ void save(CursorState& to) const {
@@ -143,10 +144,10 @@ class ItemCursor {
 
   // Of the current item, before `advance`.
   __device__ SegmentPlace segment() const {
-    return {s_.sequence, s_.head, s_.segment_begin, s_.segment_begin + s_.segment.last_begin()};
+    return {s_.sequence, s_.head, s_.segment_begin, s_.segment_begin + s_.segment.items() - 1};
   }
   __device__ ItemTokens tokens() const {
-    ItemTokens out{0, static_cast<std::int16_t>(shape_.items.packed_tokens), 0};
+    ItemTokens out{0, static_cast<std::int16_t>(shape_.item_tokens), 0};
     if (s_.item == s_.item_begin) out.flags |= ItemTokens::first | ItemTokens::new_group;
     if (s_.item == s_.item_end - 1) out.flags |= ItemTokens::last;
     if (s_.item_begin == 0 && s_.item_end == s_.segment.items()) out.flags |= ItemTokens::whole;
@@ -188,7 +189,7 @@ class ItemCursor {
 
   __device__ void advance() {
     if (++s_.item < s_.item_end) return;
-    s_.segment_begin += s_.segment.weight();
+    s_.segment_begin += s_.segment.items();
     if (++s_.head == shape_.heads) {
       s_.head = 0;
       next_sequence();
@@ -215,7 +216,7 @@ class ItemCursor {
   }
 
   __device__ SegmentItems load_segment(int sequence) const {
-    return find_segment(cache_, shape_.items, load_state(cache_, sequence));
+    return find_segment(cache_, shape_.item_tokens, load_state(cache_, sequence));
   }
 
   __device__ int zone_token() const {
@@ -228,10 +229,10 @@ class ItemCursor {
                                                                       : s_.segment.length;
   }
 
-  // The first of the warp's consecutive runs of units, a lane each, that reaches beyond the range's
-  // first unit: returns its lane and moves to its beginning; without one 32, and behind all.
-  __device__ int find_run(int units) {
-    int end = units;
+  // The first of the warp's consecutive runs of items, a lane each, that reaches beyond the range's
+  // first item: returns its lane and moves to its beginning; without one 32, and behind all.
+  __device__ int find_run(int items) {
+    int end = items;
     for (int distance = 1; distance < 32; distance *= 2) {
       const int below = __shfl_up_sync(0xffffffffu, end, distance);
       if (lane_ >= distance) end += below;
@@ -239,26 +240,36 @@ class ItemCursor {
     const int target = s_.range.begin - s_.segment_begin;
     const unsigned holds = __ballot_sync(0xffffffffu, end > target);
     const int lane = holds == 0 ? 31 : __ffs(static_cast<int>(holds)) - 1;
-    s_.segment_begin += __shfl_sync(0xffffffffu, holds == 0 ? end : end - units, lane);
+    s_.segment_begin += __shfl_sync(0xffffffffu, holds == 0 ? end : end - items, lane);
     return holds == 0 ? 32 : lane;
   }
 
-  // Moves to the sequence and head that hold the range's first unit: to a run of sequences, then
+  // Moves to the sequence and head that hold the range's first item: to a run of sequences, then
   // within the run, 32 at a time.
-  __device__ void find_start(const BatchUnits& units) {
-    s_.sequence = find_run(units.mine * shape_.heads) * units.run;
-    for (int found = 32; units.run > 1 && found == 32 && s_.sequence < cache_.batch;) {
+  __device__ void find_start(const BatchItems& items) {
+    s_.sequence = find_run(items.mine * shape_.heads) * items.run;
+    for (int found = 32; items.run > 1 && found == 32 && s_.sequence < cache_.batch;) {
       const int mine = s_.sequence + lane_;
-      const int weight = mine < cache_.batch ? load_segment(mine).weight() : 0;
-      found = find_run(weight * shape_.heads);
+      const int count = mine < cache_.batch ? load_segment(mine).items() : 0;
+      found = find_run(count * shape_.heads);
       s_.sequence += found;
     }
     if (s_.sequence >= cache_.batch) return;  // lengths have changed since they were counted
-    s_.segment = load_segment(s_.sequence);
+    s_.segment = find_segment_of(items);
     s_.head = static_cast<int>(static_cast<unsigned>(s_.range.begin - s_.segment_begin) /
-                               static_cast<unsigned>(s_.segment.weight()));
-    s_.segment_begin += s_.head * s_.segment.weight();
+                               static_cast<unsigned>(s_.segment.items()));
+    s_.segment_begin += s_.head * s_.segment.items();
     enter_segment();
+  }
+
+  // Of s_.sequence, which has items.
+  __device__ SegmentItems find_segment_of(const BatchItems& items) const {
+    if (items.run > 1) return load_segment(s_.sequence);
+    const auto at_hand = [&](int of_lane) {
+      return __shfl_sync(0xffffffffu, of_lane, s_.sequence);
+    };
+    return segment_items(at_hand(items.first.length), at_hand(items.first.packed),
+                         cache_.keep_first, shape_.item_tokens);
   }
 
   __device__ void next_sequence() {
@@ -266,7 +277,7 @@ class ItemCursor {
     do {
       if (++s_.sequence == cache_.batch) return;
       s_.segment = load_segment(s_.sequence);
-    } while (s_.segment.weight() == 0);
+    } while (s_.segment.items() == 0);
   }
 
   // Sets the items of the segment that are in the range; a segment may have none.
@@ -279,7 +290,7 @@ class ItemCursor {
       s_.item_end = mine.end;
       s_.kv_head = shape_.column_tiles == 1 ? s_.head : s_.head / shape_.column_tiles;
       if (s_.item_begin < s_.item_end) return;
-      s_.segment_begin += s_.segment.weight();
+      s_.segment_begin += s_.segment.items();
       if (++s_.head == shape_.heads) {
         s_.head = 0;
         next_sequence();

@@ -52,7 +52,8 @@ __device__ inline void prefetch_inputs(const DecodeArguments& a) {
   }
 }
 
-template <DecodeConfig Config>
+// StreamOf: what a warp does with the items of its ring.
+template <DecodeConfig Config, template <DecodeConfig, class> class StreamOf = Stream>
 class DecodeCta {
  public:
   using S = Shape<Config>;
@@ -62,18 +63,18 @@ class DecodeCta {
   __device__ DecodeCta(const DecodeArguments& a, std::uint8_t* smem) : a_(a), smem_(smem) {}
 
   __device__ __forceinline__ void run() {
-    const BatchUnits units = choose_items();
-    const int ctas = active_ctas(units.total, gridDim.x);
-    if (units.total > 0 && static_cast<int>(blockIdx.x) < ctas) {
+    const BatchItems items = choose_items();
+    const int ctas = active_ctas(items.total, gridDim.x);
+    if (items.total > 0 && static_cast<int>(blockIdx.x) < ctas) {
       if constexpr (Wgmma<S>) {
         GroupStream<Config> mine(a_, group_storage(Threads::stream()));
-        stream(mine, units);
+        stream(mine, items);
       } else if (a_.has_whole_groups) {
-        Stream<Config, WholeGroups<S::head_dim>> mine(a_, {}, arch::lane_id());
-        stream(mine, units);
+        StreamOf<Config, WholeGroups<S::head_dim>> mine(a_, {}, arch::lane_id());
+        stream(mine, items);
       } else {
-        Stream<Config, AnyGroups> mine(a_, {a_.problem.cache.format}, arch::lane_id());
-        stream(mine, units);
+        StreamOf<Config, AnyGroups> mine(a_, {a_.problem.cache.format}, arch::lane_id());
+        stream(mine, items);
       }
       __syncthreads();
       merge_streams();
@@ -96,28 +97,29 @@ class DecodeCta {
   __device__ static int warp_id() { return arch::thread_id() / 32; }
   __device__ int streams() const { return a_.warps / Threads::kWarps; }
 
-  // Chunks are items, or pages where every stream gets many; counts the units of the batch.
-  __device__ BatchUnits choose_items() {
-    constexpr int kFewUnits = 16;  // of a stream
+  // Chunks are items, or pages where every stream gets many: then a 16-bit tile takes as long as a
+  // page.
+  __device__ BatchItems choose_items() {
+    constexpr int kFewItems = 16;  // chunks of a stream
     const PagedKvCache& cache = a_.problem.cache;
     const int lane = arch::lane_id();
     BatchShape batch = a_.batch;
-    batch.items = ItemShape{};
+    batch.item_tokens = kChunkTokens;
     const SequenceState first = load_first_state(cache, lane);
     prefetch_inputs(a_);
-    BatchUnits units = count_units(cache, batch, lane, first);
-    const bool can_be_pages = a_.batch.items.packed_tokens > kChunkTokens;
-    if (can_be_pages && units.total >= kFewUnits * static_cast<int>(gridDim.x) * streams()) {
-      batch.items = a_.batch.items;
-      units = count_units(cache, batch, lane, first);
+    BatchItems items = count_items(cache, batch, lane, first);
+    const bool can_be_pages = a_.batch.item_tokens > kChunkTokens;
+    if (can_be_pages && items.total >= kFewItems * static_cast<int>(gridDim.x) * streams()) {
+      batch.item_tokens = a_.batch.item_tokens;
+      items = count_items(cache, batch, lane, first);
     }
     if (lane == 0) {
       WarpStorage& mine = storage(warp_id());
       mine.batch = batch;
-      mine.shares = Shares(units.total, active_ctas(units.total, gridDim.x));
+      mine.shares = Shares(items.total, active_ctas(items.total, gridDim.x));
     }
     __syncwarp();
-    return units;
+    return items;
   }
 
   __device__ Partial<S>* inner_partial(int stream) const {
@@ -139,15 +141,15 @@ class DecodeCta {
   }
 
   template <class Attention>
-  __device__ __forceinline__ void stream(Attention& stream, const BatchUnits& units) {
+  __device__ __forceinline__ void stream(Attention& stream, const BatchItems& items) {
     const int warp = warp_id(), lane = arch::lane_id(), index = Threads::stream();
-    const UnitRange share = storage(warp).shares.range(blockIdx.x);
-    UnitRange range = Shares(share.end - share.begin, streams()).range(index);
+    const ItemRange share = storage(warp).shares.range(blockIdx.x);
+    ItemRange range = Shares(share.end - share.begin, streams()).range(index);
     range = {share.begin + range.begin, share.begin + range.end};
     if (Threads::warp() == 0 && lane < 2) cta_storage().partials[index][lane].sequence = -1;
     Ring<Config> ring(a_, ring_bytes(index), storage(index * Threads::kWarps).barriers,
                       storage(warp), lane);
-    ItemCursor cursor = ring.start(range, units);
+    ItemCursor cursor = ring.start(range, items);
     if (cursor.done()) return;
     // Queries are on their way while the ring fills, or while the segment before is finished.
     const auto bits = stream.load_query(cursor.sequence(), cursor.head());
@@ -239,7 +241,7 @@ class DecodeCta {
     to.sum[column] = merged.sum;
   }
 
-  // Entries 2 * stream + which of the CTA's partials, in unit order: entry i is lane i's.
+  // Entries 2 * stream + which of the CTA's partials, in the items' order: entry i is lane i's.
   struct StreamPartials {
     const Partial<S>* mine = nullptr;
     unsigned held = 0;    // entries that there are
@@ -316,7 +318,7 @@ class DecodeCta {
     const int column = min(first_column + Merged::column(), columns - 1);
     bool is_mine = first_column + Merged::column() < columns;
     const Shares shares = storage(warp_id()).shares;
-    const UnitRange share = shares.range(blockIdx.x);
+    const ItemRange share = shares.range(blockIdx.x);
     const bool began = segment.begin >= share.begin;
     bool is_whole = began && segment.last < share.end;
     int first = 0, ctas = 0;

@@ -109,13 +109,11 @@ inline DecodeArguments decode_arguments(const DecodeProblem& problem, const Deco
   const int tile_columns = plan.config.query_columns;
   const int column_tiles = (columns + tile_columns - 1) / tile_columns;
   const layout::PageRecord record(c.format);
-  // A page of two chunks takes about as long as two 16-bit tiles.
-  const ItemShape items{plan.packed_chunks * kChunkTokens, plan.packed_chunks - 1, 0};
   return {problem,
           record,
           {packed_bytes(record, whole_page), packed_bytes(record, first_of_page),
            packed_bytes(record, second_of_page)},
-          {c.num_kv_heads * column_tiles, column_tiles, items},
+          {c.num_kv_heads * column_tiles, column_tiles, plan.packed_chunks * kChunkTokens},
           group,
           columns,
           column_tiles,

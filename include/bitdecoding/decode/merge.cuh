@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Partial attention of a segment and how partials become the output. A partial is m (log2 domain),
-// l = sum 2^(s - m) and O of the same scale; merging is associative, and always in unit order.
+// l = sum 2^(s - m) and O of the same scale; merging is associative, and always in the items' order.
 //   memory   float o[columns][D + 8], m[columns], l[columns]
 #pragma once
 
@@ -115,7 +115,7 @@ struct MergedColumns {
   static __device__ int channel(int part) { return 4 * (arch::lane_id() % kLanes + part * kLanes); }
 };
 
-// Partials of one segment in unit order: a bit each, and the pointer of bit i in lane i.
+// Partials of one segment in the items' order: a bit each, and the pointer of bit i in lane i.
 template <class S>
 class PartialList {
  public:
@@ -149,7 +149,8 @@ __device__ float raise_maximum(PartialList<S> partials, int column, float maximu
 
 // Adds the lane's column of the partials. Where there are more than a batch, merged.maximum is that
 // of all of them before the first is added: then the bits don't depend on how many columns the warp
-// merges. Every lane weighs all partials itself, since shuffles take longer.
+// merges; for the same reason sums are fused by name. Every lane weighs all partials itself, since
+// shuffles take longer.
 template <class S, int Columns>
 __device__ void merge_partials(PartialList<S> partials, int column,
                                MergedColumns<S, Columns>& merged) {
@@ -193,12 +194,13 @@ __device__ void merge_partials(PartialList<S> partials, int column,
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float w = arch::exp2(top[four][i] - raised);
-        merged.sum += w * sum[four][i];
+        merged.sum = __fmaf_rn(w, sum[four][i], merged.sum);
 #pragma unroll
         for (int part = 0; part < Merged::kParts; ++part) {
           const float4& more = o[four][i][part];
           float4& m = merged.o[part];
-          m = {m.x + w * more.x, m.y + w * more.y, m.z + w * more.z, m.w + w * more.w};
+          m = {__fmaf_rn(w, more.x, m.x), __fmaf_rn(w, more.y, m.y), __fmaf_rn(w, more.z, m.z),
+               __fmaf_rn(w, more.w, m.w)};
         }
       }
     }

@@ -13,6 +13,11 @@ namespace bitdecoding::decode {
 template <class S>
 struct Query;
 
+// Of q over every 32 channels, for per-token K.
+template <class S>
+using QuerySums = ColumnTensor<S>[S::tiles / 2];
+__device__ inline FragmentA ones() { return {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u}; }
+
 // Which query a column is: (query token, head of the group), heads fastest.
 struct QueryColumns {
   int first;  // column of the tile's first
@@ -47,9 +52,10 @@ __device__ void load_query(const DecodeProblem& p, int sequence, int kv_head,
     const int head = kv_head * columns.group + column - token * columns.group;
     const std::int64_t row =
         sequence * p.q_batch_stride + token * p.q_token_stride + head * p.q_head_stride;
-    const auto* channels = static_cast<const std::uint16_t*>(p.q) + row + 2 * t;
+    const auto* channels =
+        static_cast<const std::uint16_t*>(p.q) + row + 16 * S::first_own_tile(g) + 2 * t;
 #pragma unroll
-    for (int k = 0; k < S::tiles; ++k) {
+    for (int k = 0; k < S::own_tiles; ++k) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const auto* pair = reinterpret_cast<const std::uint32_t*>(channels + 16 * k + 8 * i);
@@ -69,17 +75,18 @@ __device__ void set_query(QueryTensor<S>& q, ColumnTensor<S>& scale, const Query
   for (int n = 0; n < S::n_tiles; ++n) {
     float largest = 0.f;
 #pragma unroll
-    for (int i = 0; i < 2 * S::tiles; ++i) {
+    for (int i = 0; i < 2 * S::own_tiles; ++i) {
       const float2 pair = widen_pair(bits(i % 2, n, i / 2), type);
       largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y)));
     }
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+    for (int distance = 1; distance < S::column_lanes; distance *= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+    }
     // A negative softmax scale turns the queries, so that the largest product is the largest score.
     const int exponent = column_exponent(largest);
     const float power = copysignf(power_of_two(exponent), softmax_scale);
 #pragma unroll
-    for (int i = 0; i < 2 * S::tiles; ++i) {
+    for (int i = 0; i < 2 * S::own_tiles; ++i) {
       const float2 pair = widen_pair(bits(i % 2, n, i / 2), type);
       q(i % 2, n, i / 2) = as_bits(__floats2half2_rn(pair.x * power, pair.y * power));
     }
@@ -92,58 +99,15 @@ __device__ void set_query(QueryTensor<S>& q, ColumnTensor<S>& scale, const Query
   }
 }
 
-// The lane's columns of one n tile's accumulators.
-template <class S, class Sum>
-__device__ void take_columns(const Sum& sum, int n, ColumnTensor<S>& sums) {
-  constexpr int kColumns = S::lane_columns / S::n_tiles;
-#pragma unroll
-  for (int e = 0; e < kColumns; ++e) sums(n * kColumns + e) = sum(e);
-}
-
-// The sums of q over 32 channels, for per-token K: tiles 2 * pair and 2 * pair + 1.
-template <class S>
-__device__ ColumnTensor<S> sum_query(const QueryTensor<S>& q, int pair) {
-  const FragmentA ones{{0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u}};
-  ColumnTensor<S> sums;
-#pragma unroll
-  for (int n = 0; n < S::n_tiles; ++n) {
-    auto sum = cute::make_tensor<float>(cute::Shape<_4>{});
-    cute::clear(sum);
-    mma(sum, ones, q(_, n, 2 * pair));
-    mma(sum, ones, q(_, n, 2 * pair + 1));
-    take_columns<S>(sum, n, sums);
-  }
-  return sums;
-}
-
-// sum(q * zero) over a K group's channels: an MMA whose rows all hold the zero-points.
-// `vectors` (t, piece, scale | zero): 16-byte pieces.
-template <class S, class Vectors>
-__device__ ColumnTensor<S> sum_zeros(const QueryTensor<S>& q, const Vectors& vectors, int lane) {
-  ColumnTensor<S> sums;
-#pragma unroll
-  for (int n = 0; n < S::n_tiles; ++n) {
-    // Two chains, so that an MMA needn't wait for the one before.
-    auto sum = cute::make_tensor<float>(cute::Shape<_4, _2>{});
-    cute::clear(sum);
-#pragma unroll
-    for (int piece = 0; piece < S::tiles / 2; ++piece) {
-      const uint4 zeros = vectors(lane % 4, piece, 1);
-      mma(sum(_, 0), {zeros.x, zeros.x, zeros.y, zeros.y}, q(_, n, 2 * piece));
-      mma(sum(_, 1), {zeros.z, zeros.z, zeros.w, zeros.w}, q(_, n, 2 * piece + 1));
-    }
-    take_columns<S>([&](int e) { return sum(e, 0) + sum(e, 1); }, n, sums);
-  }
-  return sums;
-}
-
-// Q' = q * scale of a K group; shifted(q): what is multiplied instead of q.
+// Q' = q * scale of a K group; shifted(q): what is multiplied instead of q. `vectors` (t, piece,
+// scale | zero): the group's parameters, 16-byte pieces.
 template <class S, class Vectors, class Shifted>
 __device__ void scale_query(const QueryTensor<S>& q, const Vectors& vectors, int lane,
                             const Shifted& shifted, QueryTensor<S>& scaled) {
+  const int first_piece = S::first_own_tile(lane / 4) / 2;
 #pragma unroll
-  for (int piece = 0; piece < S::tiles / 2; ++piece) {
-    const uint4 scales = vectors(lane % 4, piece, 0);
+  for (int piece = 0; piece < S::own_tiles / 2; ++piece) {
+    const uint4 scales = vectors(lane % 4, first_piece + piece, 0);
     const std::uint32_t pairs[4] = {scales.x, scales.y, scales.z, scales.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -77,9 +77,9 @@ class Ring {
       : a_(a), stages_(stages), storage_(storage), loader_(barriers, a.stages, lane), lane_(lane) {}
 
   // Where the warp's items begin; the ring fills from there.
-  __device__ ItemCursor start(UnitRange range, const BatchUnits& units) const {
+  __device__ ItemCursor start(ItemRange range, const BatchItems& items) const {
     ItemCursor cursor = make_cursor();
-    cursor.start(range, units);
+    cursor.start(range, items);
     return cursor;
   }
   __device__ void fill(ItemCursor& cursor) {
@@ -164,7 +164,7 @@ class Ring {
   }
 
   __device__ void load_plain() {
-    const auto end = static_cast<std::int16_t>(storage_.batch.items.packed_tokens);
+    const auto end = static_cast<std::int16_t>(storage_.batch.item_tokens);
     load_packed(free_stage(), plain_, {0, end, 0}, false);
     --plain_items_;
     ++plain_.index;
@@ -172,7 +172,7 @@ class Ring {
 
   // The warp's first item may lack the parameters of a group that begins in the chunk before.
   __device__ void load_packed(int stage, const PackedRun& run, ItemTokens tokens, bool is_first) {
-    const int page_log2 = storage_.batch.items.packed_tokens < a_.record.format().page_tokens;
+    const int page_log2 = storage_.batch.item_tokens < a_.record.format().page_tokens;
     const int second = run.index & page_log2;  // of the page's two items
     const PackedBytes& piece = a_.packed[page_log2 + second];
     int id = storage_.cursor.page_ids[(run.index >> page_log2) - run.pages_begin];

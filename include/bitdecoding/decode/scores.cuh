@@ -42,6 +42,14 @@ struct RowValues {
   }
 };
 
+__device__ inline RowValues larger(const RowValues& a, const RowValues& b) {
+  const auto larger_pair = [](std::uint32_t x, std::uint32_t y) {
+    return as_bits(__hmax2(as_half2(x), as_half2(y)));
+  };
+  return {{larger_pair(a.bits.x, b.bits.x), larger_pair(a.bits.y, b.bits.y),
+           larger_pair(a.bits.z, b.bits.z), larger_pair(a.bits.w, b.bits.w)}};
+}
+
 // Per-channel K: a chunk is one group, part of one, or two of 32 tokens.
 template <class S, class Groups, class Page>
 __device__ void score_channel_axis(const Page& page, const Groups& groups, Query<S>& query,
@@ -80,11 +88,9 @@ __device__ void apply_norms(const Page& page, int lane, ScoreTensor<S, kChunkBlo
   }
 }
 
-// 16 fp16 tokens of a zone. `rows`: K rows in shared memory, zone_row_bytes apart.
+// K of 16 fp16 tokens of a zone as A. `rows`: in shared memory, zone_row_bytes apart.
 template <class S>
-__device__ void score_zone(const std::uint8_t* rows, const QueryTensor<S>& q, int lane,
-                           ScoreTensor<S, 1>& tSrS) {
-  FragmentA tSrK[S::tiles];
+__device__ void load_zone_keys(const std::uint8_t* rows, int lane, FragmentA (&tSrK)[S::tiles]) {
 #pragma unroll
   for (int k = 0; k < S::tiles; ++k) {
     const std::uint8_t* row =
@@ -94,19 +100,6 @@ __device__ void score_zone(const std::uint8_t* rows, const QueryTensor<S>& q, in
                                   a[3]);
   }
   __syncwarp();  // all rows are under way before the first MMA
-#pragma unroll
-  for (int n = 0; n < S::n_tiles; ++n) {
-    auto sum = cute::make_tensor<float>(cute::Shape<_4, _2>{});  // two chains
-    cute::clear(sum);
-#pragma unroll
-    for (int k = 0; k < S::tiles; ++k) mma(sum(_, k % 2), tSrK[k], q(_, n, k));
-    constexpr int kColumns = S::lane_columns / S::n_tiles;
-#pragma unroll
-    for (int i = 0; i < 2 * kColumns; ++i) {
-      const int row = i % 2, e = i / 2;
-      tSrS(row, n * kColumns + e, 0) = sum(2 * row + e, 0) + sum(2 * row + e, 1);
-    }
-  }
 }
 
 // Tokens outside [begin, end) of an item get -inf, whatever was there.

@@ -37,8 +37,7 @@ class Stream {
                  arch::lane_id());
     if constexpr (S::page.k_axis == KAxis::token) {
       prepare_token_axis<S>(query_, arch::lane_id());
-#pragma unroll
-      for (int pair = 0; pair < S::tiles / 2; ++pair) sums_[pair] = sum_query<S>(query_.q, pair);
+      sum_query<S>(query_.q, sums_);
     }
     softmax_.reset();
     output_.reset();
@@ -108,8 +107,8 @@ class Stream {
   Groups groups_;
   int lane_;
   Query<S> query_;
-  ColumnTensor<S> sums_[S::tiles / 2];  // per-token K only
-  Scale scale_;                         // of the current channel-axis groups
+  QuerySums<S> sums_;  // per-token K only
+  Scale scale_;        // of the current channel-axis groups
   Softmax<S> softmax_;
   Output<S, Groups> output_;
 };

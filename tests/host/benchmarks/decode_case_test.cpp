@@ -4,6 +4,8 @@
 
 #include <doctest.h>
 
+#include "quantile.hpp"
+
 namespace bitdecoding::bench {
 namespace {
 
@@ -53,6 +55,29 @@ TEST_CASE("what can't be timed is refused by value and what is allowed") {
   CHECK(refused({row, "k4v4"}).starts_with("format = 'k4v4'; allowed: "));
 }
 
+TEST_CASE("stages are timed in every format, or in those that are named") {
+  std::vector<Request> all;
+  REQUIRE(parse_stage_requests({"8x8x4@131072", "1x2x3@4", "0/7"}, &all).is_ok());
+  REQUIRE(all.size() == std::size(kStageFormats));
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    CHECK(name(all[i].format) == kStageFormats[i]);
+    CHECK(all[i].cases.size() == 2);
+    CHECK(all[i].keep_last == 7);
+  }
+  std::vector<Request> one;
+  REQUIRE(parse_stage_requests({"k2v2_c64_v64_p128_d128", "1x1x1@9"}, &one).is_ok());
+  REQUIRE(one.size() == 1);
+  CHECK(name(one[0].format) == "k2v2_c64_v64_p128_d128");
+  CHECK(one[0].keep_first == 16);
+  const auto refused = [](const std::vector<std::string>& arguments) {
+    std::vector<Request> none;
+    return parse_stage_requests(arguments, &none).text();
+  };
+  CHECK(refused({"0/0"}) == "no case; allowed: one or more, as in 8x8x4@4096");
+  CHECK(refused({"8x8@4096"}).starts_with("case = '8x8@4096'; allowed: "));
+  CHECK(refused({"1x1x1@9", "k4v4"}).starts_with("format = 'k4v4'; allowed: "));
+}
+
 TEST_CASE("bytes and rotation are those of the Python benchmark") {
   Request r;
   REQUIRE(parse_request({"decode_sm90_k4v4_c_d128_n8", "8x8x4@131072", "0/0"}, &r).is_ok());
@@ -67,6 +92,7 @@ TEST_CASE("bytes and rotation are those of the Python benchmark") {
 
   const std::int64_t l2 = 60 << 20;
   CHECK(copies_needed(1 << 30, l2) == 2);
+  CHECK(copies_needed(std::int64_t{30} << 30, l2) == 1);
   for (const std::int64_t moved : {std::int64_t{4'000'000}, l2, 3 * l2 + 1, 4 * l2, 5 * l2}) {
     const int copies = copies_needed(moved, l2);
     CHECK((copies - 1) * moved >= 4 * l2);

@@ -60,7 +60,7 @@ TEST_CASE("what a launch can't do is refused by name, value and what is allowed"
   CHECK(text(p) == "tail_tokens = 136; allowed on a CUDA device: multiples of 16");
 }
 
-TEST_CASE("work is counted by KV heads and tiles of 8 columns, not by query heads") {
+TEST_CASE("work is counted by KV heads and tiles of 4 columns, not by query heads") {
   DecodeProblem p = good_problem();  // a prompt of 8192 tokens behind 512k tokens, 32 / 8 heads
   p.cache.num_kv_heads = 8;
   p.query_heads = 32;

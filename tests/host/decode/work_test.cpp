@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Properties of the decode plan: every item of every segment begins in exactly one share, shares
-// are equal to a unit, and the CTAs of a segment are the shares that hold an item of it.
+// are equal to an item, and the CTAs of a segment are the shares that hold an item of it.
 #include "bitdecoding/decode/work.hpp"
 
 #include <doctest.h>
@@ -14,28 +14,25 @@ namespace {
 
 struct Segment {
   SegmentItems items;
-  int begin;  // unit of the batch
+  int begin;  // item of the batch
 };
 
-ItemShape draw_shape(int page, std::mt19937& random) {
-  const int packed_tokens = random() % 2 ? page : kChunkTokens;
-  return {packed_tokens, static_cast<int>(random() % 2), static_cast<int>(random() % 2)};
-}
+int draw_item_tokens(int page, std::mt19937& random) { return random() % 2 ? page : kChunkTokens; }
 
-// Segments of a ragged batch, one after the other, and their units together.
+// Segments of a ragged batch, one after the other, and their items together.
 std::vector<Segment> draw_segments(std::mt19937& random, int* total) {
   const int page = random() % 2 ? 64 : 128, keep_first = static_cast<int>(random() % 65);
   const int keep_last = static_cast<int>(random() % 200);
-  const ItemShape shape = draw_shape(page, random);
+  const int item_tokens = draw_item_tokens(page, random);
   std::vector<Segment> segments;
   *total = 0;
   for (int b = 0, batch = 1 + static_cast<int>(random() % 40); b < batch; ++b) {
     const int longest = random() % 4 == 0 ? 2 : 5000;
     const int length = static_cast<int>(random() % static_cast<unsigned>(longest));
     const int packed = packed_tokens(length, keep_last, page, 0);
-    const SegmentItems items = segment_items(length, packed, keep_first, shape);
+    const SegmentItems items = segment_items(length, packed, keep_first, item_tokens);
     segments.push_back({items, *total});
-    *total += items.weight();
+    *total += items.items();
   }
   return segments;
 }
@@ -49,9 +46,8 @@ TEST_CASE("items cover the attended tokens and nothing else") {
     const int keep_first = static_cast<int>(random() % 65),
               keep_last = static_cast<int>(random() % 150);
     const int packed = packed_tokens(length, keep_last, page, 0);
-    const ItemShape shape = draw_shape(page, random);
-    const int tokens = shape.packed_tokens;
-    const SegmentItems s = segment_items(length, packed, keep_first, shape);
+    const int tokens = draw_item_tokens(page, random);
+    const SegmentItems s = segment_items(length, packed, keep_first, tokens);
     CHECK(s.first == std::min(keep_first, packed));
     CHECK((s.first_item + s.packed_items) * tokens == packed);
     CHECK(s.first_item * tokens <= s.first);
@@ -75,10 +71,10 @@ TEST_CASE("every item begins in one share; a segment has the shares from its fir
     for (const Segment& segment : segments) {
       if (segment.items.items() == 0) continue;
       const int first = shares.at(segment.begin);
-      const int last = shares.at(segment.begin + segment.items.last_begin());
+      const int last = shares.at(segment.begin + segment.items.items() - 1);
       int next = 0;
       for (int cta = 0; cta < ctas; ++cta) {
-        const UnitRange share = shares.range(cta);
+        const ItemRange share = shares.range(cta);
         const ItemRange mine = items_in(segment.items, segment.begin, share);
         const bool expected = cta >= first && cta <= last;
         CHECK((mine.begin < mine.end) == expected);
@@ -91,15 +87,15 @@ TEST_CASE("every item begins in one share; a segment has the shares from its fir
   }
 }
 
-TEST_CASE("shares differ by a unit at most, and a unit lies in the share that says so") {
+TEST_CASE("shares differ by an item at most, and an item lies in the share that says so") {
   for (const int total : {1, 2, 7, 131, 132, 133, 5000}) {
     for (const int count : {1, 2, 12, 132}) {
       const Shares shares(total, count);
       for (int share = 0; share < count; ++share) {
-        const UnitRange range = shares.range(share);
+        const ItemRange range = shares.range(share);
         CHECK(range.end - range.begin >= total / count);
         CHECK(range.end - range.begin <= total / count + 1);
-        for (int unit = range.begin; unit < range.end; ++unit) CHECK(shares.at(unit) == share);
+        for (int item = range.begin; item < range.end; ++item) CHECK(shares.at(item) == share);
       }
     }
   }

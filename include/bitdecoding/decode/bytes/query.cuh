@@ -24,7 +24,7 @@ __device__ __half2 largest_of_column(const QueryTensor<S>& pairs) {
   for (int i = 0; i < cute::size(pairs); ++i) {
     largest = __hmax2(largest, __habs2(as_half2(pairs(i))));
   }
-  for (int distance = 1; distance < 4; distance *= 2) {
+  for (int distance = 1; distance < S::column_lanes; distance *= 2) {
     const std::uint32_t other = __shfl_xor_sync(0xffffffffu, as_bits(largest), distance);
     largest = __hmax2(largest, as_half2(other));
   }
@@ -41,26 +41,35 @@ __device__ inline int byte_exponent(__half2 magnitude) {
   return min(6 - exponent, 14);
 }
 
-// Lanes of even g split off the upper bytes of their column, those of odd g the lower ones.
+// `pairs` of all channels to the bytes that the lane holds of them: upper ones where g is even, lower
+// ones where it is odd. Both lanes of a column split their own channels and swap.
 template <Bytes S>
 __device__ void split_in_bytes(const QueryTensor<S>& pairs, int exponent, int lane,
                                QueryBytes<S>& bytes) {
-  const bool is_lower = (lane / 4) % 2 != 0;
+  const bool is_odd = lane / 4 % 2 != 0;
   // The sum with 1.5 * 2^10 has the nearest integer in its lowest byte, two's complement.
   const __half2 round = __float2half2_rn(1536.f);
-  const __half2 up = __float2half2_rn(power_of_two(exponent));
-  const __half2 without_upper = __float2half2_rn(is_lower ? -1.f : 0.f);
-  const __half2 last = __float2half2_rn(is_lower ? kUpperByte : 1.f);
+  const __half2 scale = __float2half2_rn(power_of_two(exponent));
+  const __half2 lower_scale = __float2half2_rn(kUpperByte);
 #pragma unroll
-  for (int k = 0; k < S::tiles; ++k) {
-    std::uint32_t part[2];
+  for (int k = 0; k < S::own_tiles; ++k) {
+    std::uint32_t upper[2], lower[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const __half2 value = __hmul2(as_half2(pairs(i, 0, k)), up);
-      const __half2 upper = __hsub2(__hadd2(value, round), round);
-      part[i] = as_bits(__hfma2(__hfma2(upper, without_upper, value), last, round));
+      const __half2 value = as_half2(pairs(i, 0, k));
+      const __half2 rounded = __hfma2(value, scale, round);
+      const __half2 rest = __hfma2(value, scale, __hsub2(round, rounded));
+      upper[i] = as_bits(rounded);
+      lower[i] = as_bits(__hfma2(rest, lower_scale, round));
     }
-    bytes(k % 2, k / 2) = __byte_perm(part[0], part[1], 0x6240);
+    const std::uint32_t upper_bytes = __byte_perm(upper[0], upper[1], 0x6240);
+    const std::uint32_t lower_bytes = __byte_perm(lower[0], lower[1], 0x6240);
+    const std::uint32_t kept = is_odd ? lower_bytes : upper_bytes;
+    const std::uint32_t swapped =
+        __shfl_xor_sync(0xffffffffu, is_odd ? upper_bytes : lower_bytes, 4);
+    const int low_tile = k, high_tile = k + S::own_tiles;
+    bytes(low_tile % 2, low_tile / 2) = is_odd ? swapped : kept;
+    bytes(high_tile % 2, high_tile / 2) = is_odd ? kept : swapped;
   }
 }
 
@@ -78,6 +87,37 @@ __device__ void prepare_token_axis(Query<S>& query, int lane) {
   query.factor(0) = byte_factor<S>(exponent, lane);
 }
 
+// Of q over every 32 channels. MMA columns 2t and 2t + 1 are the two halves of the channels.
+template <Bytes S>
+__device__ void sum_query(const QueryTensor<S>& q, QuerySums<S>& sums) {
+#pragma unroll
+  for (int pair = 0; pair < S::own_tiles / 2; ++pair) {
+    auto sum = cute::make_tensor<float>(cute::Shape<_4>{});
+    cute::clear(sum);
+    mma(sum, ones(), q(_, 0, 2 * pair));
+    mma(sum, ones(), q(_, 0, 2 * pair + 1));
+    sums[pair](0) = sum(0);
+    sums[pair + S::own_tiles / 2](0) = sum(1);
+  }
+}
+
+// sum(q * zero) over a K group's channels: an MMA whose rows all hold the zero-points, rows g of one
+// half of the channels, which meet the even columns, rows g + 8 of the other.
+template <Bytes S, class Vectors>
+__device__ float sum_zeros(const QueryTensor<S>& q, const Vectors& vectors, int lane) {
+  constexpr int kPieces = S::own_tiles / 2;
+  // Two chains, so that an MMA needn't wait for the one before.
+  auto sum = cute::make_tensor<float>(cute::Shape<_4, _2>{});
+  cute::clear(sum);
+#pragma unroll
+  for (int piece = 0; piece < kPieces; ++piece) {
+    const uint4 low = vectors(lane % 4, piece, 1), high = vectors(lane % 4, piece + kPieces, 1);
+    mma(sum(_, 0), {low.x, high.x, low.y, high.y}, q(_, 0, 2 * piece));
+    mma(sum(_, 1), {low.z, high.z, low.w, high.w}, q(_, 0, 2 * piece + 1));
+  }
+  return (sum(0, 0) + sum(3, 0)) + (sum(0, 1) + sum(3, 1));
+}
+
 // The power of two, as exponent, that brings q * scale into the range of fp16: q is below 64, scales
 // up to 65504, and small products would lose bits.
 __device__ inline int range_shift(__half2 largest) {
@@ -92,7 +132,7 @@ __device__ inline int range_shift(__half2 largest) {
 template <Bytes S, class Vectors>
 __device__ void apply_channel_group(Query<S>& query, const Vectors& vectors, int lane,
                                     ColumnTensor<S>& factor, ColumnTensor<S>& bias) {
-  const ColumnTensor<S> zero_sum = sum_zeros<S>(query.q, vectors, lane);
+  const float zero_sum = sum_zeros<S>(query.q, vectors, lane);
   QueryTensor<S> scaled;
   scale_query<S>(query.q, vectors, lane, [](std::uint32_t q) { return q; }, scaled);
   __half2 largest = largest_of_column<S>(scaled);
@@ -106,7 +146,7 @@ __device__ void apply_channel_group(Query<S>& query, const Vectors& vectors, int
   const int exponent = byte_exponent(largest);
   split_in_bytes<S>(scaled, exponent, lane, query.bytes);
   factor(0) = query.scale(0) * byte_factor<S>(exponent + shift, lane);
-  bias(0) = zero_sum(0) * query.scale(0);
+  bias(0) = zero_sum * query.scale(0);
 }
 
 }  // namespace bitdecoding::decode

@@ -48,7 +48,7 @@ __device__ void score_blocks(const Units& units, int first, int last, int lane,
 // `query_sums` (32 channels): of q over them.
 template <Bytes S, class Groups, class Page>
 __device__ void score_token_axis(const Page& page, const Groups& groups, const Query<S>& query,
-                                 const ColumnTensor<S> (&query_sums)[S::tiles / 2], int lane,
+                                 const QuerySums<S>& query_sums, int lane,
                                  ScoreTensor<S, kChunkBlocks>& tSrS) {
   cute::clear(tSrS);
 #pragma unroll
@@ -74,6 +74,23 @@ __device__ void score_token_axis(const Page& page, const Groups& groups, const Q
       zero_weight = 0.f;
     }
   }
+}
+
+// 16 fp16 tokens of a zone. The halves of the channels meet in different columns of an MMA.
+template <Bytes S>
+__device__ void score_zone(const std::uint8_t* rows, const QueryTensor<S>& q, int lane,
+                           ScoreTensor<S, 1>& tSrS) {
+  FragmentA tSrK[S::tiles];
+  load_zone_keys<S>(rows, lane, tSrK);
+  auto sum = cute::make_tensor<float>(cute::Shape<_4, _2>{});
+  cute::clear(sum);
+#pragma unroll
+  for (int k = 0; k < S::own_tiles; ++k) {
+    mma(sum(_, 0), tSrK[k], q(_, 0, k));
+    mma(sum(_, 1), tSrK[k + S::own_tiles], q(_, 0, k));
+  }
+  tSrS(0, 0, 0) = sum(0, 0) + sum(1, 1);
+  tSrS(1, 0, 0) = sum(2, 0) + sum(3, 1);
 }
 
 }  // namespace bitdecoding::decode

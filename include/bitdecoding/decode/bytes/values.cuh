@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// An item's weights, and products of V's codes and their bytes. Weights are relative to the item's
-// own largest score, p = 2^(s - top), so that 16 bits of fixed point are enough: a token below 2^-17
-// of its chunk's heaviest counts as none. Sums are integers of one chunk; O takes them up in fp32, by
-// a factor that knows the fields' position, the fixed point and the chunk's weight 2^(top - m).
+// An item's weights, and products of V's codes and their bytes. P' = p * scale is 16-bit fixed point
+// relative to the largest of its chunk: a token that scores high but has small values, as attention
+// sinks do, takes no bits from the others. Sums are integers of one chunk; O takes them up in fp32,
+// by a factor that knows the fields' position, the fixed point and the chunk's weight 2^(top - m),
+// where top is the chunk's largest score and p = 2^(s - top).
 #pragma once
 
 #include "bitdecoding/decode/bytes/fragments.cuh"
@@ -30,15 +31,40 @@ __device__ float weigh(ScoreTensor<S, Blocks>& tSrS, const Scale& scale, Softmax
   return weight;
 }
 
-// P' = p * scale of a channel group as B operand, in units of 2^(exponent - 16).
+// The scale of every row that is the largest of its channel groups.
+template <Bytes S, class Groups, class Page>
+__device__ RowValues largest_scales(const Page& page, const Groups& groups, int lane) {
+  RowValues largest{page.v_token_vectors(0)(lane / 4, 0)};
+  for (int group = 1; group * groups.v_group() < S::head_dim; ++group) {
+    const RowValues scales{page.v_token_vectors(group)(lane / 4, 0)};
+    largest = larger(largest, scales);
+  }
+  return largest;
+}
+
+// The largest P' of the chunk; not so small that what is relative to it overflows.
+template <Bytes S>
+__device__ float largest_weight(const RowValues& scales, const ScoreTensor<S, kChunkBlocks>& tSrP) {
+  float largest = 0x1p-40f;
+#pragma unroll
+  for (int row = 0; row < 2 * kChunkBlocks; ++row) {
+    largest = fmaxf(largest, tSrP(row % 2, 0, row / 2) * scales(row));
+  }
+  for (int distance = 4; distance < 32; distance *= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+  }
+  return largest;
+}
+
+// P' of a channel group as B operand: nearest integers of p * scale, which are below 2^16.
 template <Bytes S>
 __device__ void make_weights(const RowValues& scales, const ScoreTensor<S, kChunkBlocks>& tSrP,
-                             int exponent, WeightBytes& tOrP) {
-  const float one = power_of_two(exponent + 7);  // a sum with it has P' in its lowest 16 bits
+                             WeightBytes& tOrP) {
 #pragma unroll
   for (int block = 0; block < kChunkBlocks; ++block) {
+    // The sum with 2^23 has the nearest integer in its lowest bits.
     const auto fixed = [&](int row) {
-      return __float_as_uint(__fmaf_rn(tSrP(row, 0, block), scales(2 * block + row), one));
+      return __float_as_uint(__fmaf_rn(tSrP(row, 0, block), scales(2 * block + row), 0x1p23f));
     };
     // Upper bytes of the tokens g and g + 8, then lower bytes: MMA columns 2t and 2t + 1.
     const std::uint32_t bytes = __byte_perm(fixed(0), fixed(1), 0x4051);
@@ -86,18 +112,21 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
                           ScoreTensor<S, kChunkBlocks>& tSrS, Softmax<S>& softmax,
                           Output<S, Groups>& output) {
   constexpr int kPartChannels = S::head_dim / S::V::v_parts;
+  constexpr float kLargest = 65280.f;  // P' as an integer
   const float weight = weigh<S, kChunkBlocks>(tSrS, scale, softmax, output);
+  const float largest = largest_weight<S>(largest_scales<S>(page, groups, lane), tSrS);
+  const float up = kLargest * arch::reciprocal(largest);
+#pragma unroll
+  for (int i = 0; i < cute::size(tSrS); ++i) tSrS(i) *= up;
+  const float factor = weight * largest * (1.f / kLargest);
   WeightBytes tOrP;
-  float factor = 0.f;
 #pragma unroll
   for (int part = 0; part < S::V::v_parts; ++part) {
     if (begins_group(part * kPartChannels, groups.v_group())) {
       const auto vectors = page.v_token_vectors(group_of(part * kPartChannels, groups.v_group()));
       const RowValues scales{vectors(lane / 4, 0)}, zeros{vectors(lane / 4, 1)};
-      const int exponent = exponent_of(largest_value(scales));
-      output.zero_sum_of(part)(0) += weight * sum_of_zeros<S>(zeros, tSrS, 0);
-      make_weights<S>(scales, tSrS, exponent, tOrP);
-      factor = weight * power_of_two(exponent - 16);
+      output.zero_sum_of(part)(0) += factor * sum_of_zeros<S>(zeros, tSrS, 0);
+      make_weights<S>(scales, tSrS, tOrP);
     }
     add_part<S>(page, part, tOrP, factor, lane, output);
   }

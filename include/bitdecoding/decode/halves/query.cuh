@@ -14,6 +14,51 @@ struct Query<S> {
   ColumnTensor<S> scale;  // see set_query
 };
 
+// The lane's columns of one n tile's accumulators.
+template <Halves S, class Sum>
+__device__ void take_columns(const Sum& sum, int n, ColumnTensor<S>& sums) {
+  constexpr int kColumns = S::lane_columns / S::n_tiles;
+#pragma unroll
+  for (int e = 0; e < kColumns; ++e) sums(n * kColumns + e) = sum(e);
+}
+
+// Of q over every 32 channels.
+template <Halves S>
+__device__ void sum_query(const QueryTensor<S>& q, QuerySums<S>& sums) {
+#pragma unroll
+  for (int pair = 0; pair < S::tiles / 2; ++pair) {
+#pragma unroll
+    for (int n = 0; n < S::n_tiles; ++n) {
+      auto sum = cute::make_tensor<float>(cute::Shape<_4>{});
+      cute::clear(sum);
+      mma(sum, ones(), q(_, n, 2 * pair));
+      mma(sum, ones(), q(_, n, 2 * pair + 1));
+      take_columns<S>(sum, n, sums[pair]);
+    }
+  }
+}
+
+// sum(q * zero) over a K group's channels: an MMA whose rows all hold the zero-points.
+// `vectors` (t, piece, scale | zero): 16-byte pieces.
+template <Halves S, class Vectors>
+__device__ ColumnTensor<S> sum_zeros(const QueryTensor<S>& q, const Vectors& vectors, int lane) {
+  ColumnTensor<S> sums;
+#pragma unroll
+  for (int n = 0; n < S::n_tiles; ++n) {
+    // Two chains, so that an MMA needn't wait for the one before.
+    auto sum = cute::make_tensor<float>(cute::Shape<_4, _2>{});
+    cute::clear(sum);
+#pragma unroll
+    for (int piece = 0; piece < S::tiles / 2; ++piece) {
+      const uint4 zeros = vectors(lane % 4, piece, 1);
+      mma(sum(_, 0), {zeros.x, zeros.x, zeros.y, zeros.y}, q(_, n, 2 * piece));
+      mma(sum(_, 1), {zeros.z, zeros.z, zeros.w, zeros.w}, q(_, n, 2 * piece + 1));
+    }
+    take_columns<S>([&](int e) { return sum(e, 0) + sum(e, 1); }, n, sums);
+  }
+  return sums;
+}
+
 template <Halves S>
 __device__ void apply_positions(QueryTensor<S>& scaled) {
   constexpr int kBits = S::page.k_bits;

@@ -65,7 +65,7 @@ __device__ void score_blocks(const Units& units, int first, int last, int lane,
 // `query_sums` (32 channels): of q over them.
 template <Halves S, class Groups, class Page>
 __device__ void score_token_axis(const Page& page, const Groups& groups, const Query<S>& query,
-                                 const ColumnTensor<S> (&query_sums)[S::tiles / 2], int lane,
+                                 const QuerySums<S>& query_sums, int lane,
                                  ScoreTensor<S, kChunkBlocks>& tSrS) {
   cute::clear(tSrS);
   ScoreTensor<S, kChunkBlocks> sums;
@@ -93,6 +93,27 @@ __device__ void score_token_axis(const Page& page, const Groups& groups, const Q
     cute::clear(sums);
     cute::clear(zero_weight);
   }
+}
+
+// 16 fp16 tokens of a zone.
+template <Halves S>
+__device__ void score_zone(const std::uint8_t* rows, const QueryTensor<S>& q, int lane,
+                           ScoreTensor<S, 1>& tSrS) {
+  FragmentA tSrK[S::tiles];
+  load_zone_keys<S>(rows, lane, tSrK);
+  ScoreTensor<S, 1> odd;
+  cute::clear(tSrS);
+  cute::clear(odd);
+#pragma unroll
+  for (int k = 0; k < S::tiles; k += 2) {
+#pragma unroll
+    for (int n = 0; n < S::n_tiles; ++n) {
+      mma(mma_tile<S>(tSrS, n, 0), tSrK[k], q(_, n, k));
+      mma(mma_tile<S>(odd, n, 0), tSrK[k + 1], q(_, n, k + 1));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < cute::size(tSrS); ++i) tSrS.data()[i] += odd.data()[i];
 }
 
 }  // namespace bitdecoding::decode

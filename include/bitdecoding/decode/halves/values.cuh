@@ -13,6 +13,19 @@ namespace bitdecoding::decode {
 
 inline constexpr float kSlack = 4.f;  // a weight is at most 2^15
 
+__device__ inline __half2 largest_value(const RowValues& values) {
+  const uint4& bits = values.bits;
+  return __hmax2(__hmax2(as_half2(bits.x), as_half2(bits.y)),
+                 __hmax2(as_half2(bits.z), as_half2(bits.w)));
+}
+// An exponent e with every scale of the warp below 2^e, in [-14, 17].
+__device__ inline int exponent_of(__half2 largest) {
+  // Scales are not negative: their bits order like integers.
+  const std::uint32_t bits = as_bits(largest);
+  const std::uint32_t top = __reduce_max_sync(0xffffffffu, max(bits & 0xffffu, bits >> 16));
+  return static_cast<int>(top >> 10) - 14;
+}
+
 // Raises m where this item's largest s + e exceeds it by the slack.
 template <Halves S, int Blocks, class Scale, class Groups>
 __device__ void update_maximum(const ScoreTensor<S, Blocks>& tSrS, const Scale& scale,

@@ -46,11 +46,12 @@ __device__ void begin_queries(const QueryBits<WarpColumns<S>>& bits, const Decod
   if constexpr (S::page.k_axis == KAxis::token) {
     prepare_token_axis<Q>(query, lane);
     store_scaled<S>(query.scaled, warp, lane, storage);
+    QuerySums<Q> parts;
+    sum_query<Q>(query.q, parts);
 #pragma unroll
-    for (int pair = 0; pair < Q::tiles / 2; ++pair) {
-      const ColumnTensor<Q> sum = sum_query<Q>(query.q, pair);
+    for (const ColumnTensor<Q>& part : parts) {
 #pragma unroll
-      for (int c = 0; c < Q::lane_columns; ++c) sums(c) += sum(c);
+      for (int c = 0; c < Q::lane_columns; ++c) sums(c) += part(c);
     }
   }
   if (lane >= 4) return;

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the decode benchmark measures on which shapes: formats, kernels, rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shapes import Case, tagged
+
+INT4 = "k4v4_c128_v128_p128_d128"
+K4V2 = "k4v2_c128_v128_p128_d128"
+INT2 = "k2v2_c128_v128_p128_d128"
+SMALL_GROUPS = "k2v2_c32_v32_p128_d128_norm"  # 2 bits as they are really used
+INT4_PER_TOKEN = "k4v4_t128_v128_p128_d128"
+INT2_PER_TOKEN = "k2v2_t128_v128_p128_d128"
+INT4_D64 = "k4v4_c128_v64_p128_d64"
+INT2_D64 = "k2v2_c128_v64_p128_d64"
+FORMATS = (INT4, K4V2, INT2, SMALL_GROUPS)
+
+PLAN = "plan"  # the kernel that plan_decode chooses
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is measured on the shapes with a tag of shapes.csv."""
+
+    formats: tuple[str, ...]
+    kernel: str = PLAN  # or a pattern of rows of the kernel table
+    baselines: bool = True  # 16-bit attention too, where all sequences are equally long
+
+
+SUITES = {
+    "large": Suite(FORMATS),
+    "single": Suite(FORMATS),
+    "head64": Suite((INT4_D64, INT2_D64)),
+    "token": Suite((INT4_PER_TOKEN, INT2_PER_TOKEN)),
+    "columns": Suite((INT4, INT2)),
+    "cp_async": Suite((INT4, INT2), kernel="decode_sm80_*"),
+    "length": Suite((INT4, INT2), baselines=False),  # at 1M tokens 16 bits don't fit
+    "ragged": Suite((INT4, INT2)),
+    "grid": Suite((INT4, INT2)),
+    "quick": Suite((INT4,)),
+}
+TARGETS = tuple(tag for tag in SUITES if tag not in ("grid", "quick"))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of ours."""
+
+    format: str
+    kernel: str
+
+
+@dataclass
+class Plan:
+    """What is measured of one case."""
+
+    ours: list[Measurement]
+    baselines: bool
+
+
+def planned(tags: Iterable[str]) -> dict[Case, Plan]:
+    """What the suites of these tags measure, case by case; nothing twice."""
+    plans: dict[Case, Plan] = {}
+    for tag in tags:
+        suite = SUITES[tag]
+        for case in tagged(tag):
+            plan = plans.setdefault(case, Plan([], False))
+            plan.baselines |= suite.baselines
+            for name in suite.formats:
+                one = Measurement(name, suite.kernel)
+                if one not in plan.ours:
+                    plan.ours.append(one)
+    return plans
