@@ -46,9 +46,12 @@ def key_of(row: Row) -> Key:
 
 
 def paired(before: Results, after: Results) -> tuple[list[Pair], int]:
-    """Rows that both have with a time, in the order of ``after``, and how many only one has."""
+    """Rows that both have with a time, in the order of ``after``, and how many only one has.
+
+    Profiles and agreements have none.
+    """
     old, new = (
-        {key_of(row): row for row in one.rows if row["time_us"] is not None}
+        {key_of(row): row for row in one.rows if row.get("time_us") is not None}
         for one in (before, after)
     )
     pairs = [Pair(old[key], row) for key, row in new.items() if key in old]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How fast this GPU reads: bulk copies into shared memory by every SM, and nothing else. The best of
-// a few sizes and numbers of copies; the last line is JSON with bytes, time_us, p10_us, p90_us and
-// iterations, what decode.py --read-command asks for.
+// How fast this GPU reads: bulk copies into shared memory by every SM, and nothing else. The best
+// of a few sizes and numbers of copies; the last line is JSON with bytes, time_us, p10_us, p90_us
+// and iterations, what decode.py --read-command asks for.
 #include <cstdio>
 
 #include "bitdecoding/decode/load_bulk.cuh"

@@ -61,7 +61,7 @@ def save(path: Path, results: Results) -> None:
 
 
 def is_ours(row: Row) -> bool:
-    return "format" in row and row["format"] not in ("float16", "float32")
+    return "format" in row and row["format"] not in ("float16", "bfloat16", "float32")
 
 
 def rate(row: Row) -> float | None:

@@ -238,8 +238,8 @@ __device__ void add_zone_scores(const std::uint8_t* rows, const ScoreTensor<S, 1
   }
 }
 
-// Both products, and Q' of every group. Left out are masks, maximum, exponentials and their sums, and
-// what zero-points and V's scales add to weights.
+// Both products, and Q' of every group. Left out are masks, maximum, exponentials and their sums,
+// and what zero-points and V's scales add to weights.
 template <DecodeConfig Config, class Groups>
 class WithoutSoftmax : public CopyOnly<Config, Groups> {
  public:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a decode kernel's time goes: times it and what is left of it when parts of its arithmetic are
-// taken out, like decode_kernel. Prints a JSON line per case, format, kernel and stage.
+// Where a decode kernel's time goes: times it and what is left of it when parts of its arithmetic
+// are taken out, like decode_kernel. Prints a JSON line per case, format, kernel and stage.
 //   stages CASE... [FIRST/NEWEST] [FORMAT...]
 #include "decode_timing.hpp"
 #include "stage_row.hpp"

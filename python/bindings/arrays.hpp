@@ -28,7 +28,8 @@ std::string device_name(const Device& device);  // "cpu", "cuda:0"
 
 inline constexpr std::int64_t kAny = -1;  // an extent that may be anything
 
-// One array: an argument of a call, or (Lifetime::longer) one that is held for as long as this lives.
+// One array: an argument of a call, or (Lifetime::longer) one that is held for as long as this
+// lives.
 class Array {
  public:
   Array(nb::handle object, const char* name, Access access, Lifetime lifetime = Lifetime::call);

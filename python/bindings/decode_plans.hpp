@@ -14,8 +14,8 @@ namespace bitdecoding::python {
 
 namespace nb = nanobind;
 
-// Query columns, and the kernel of build_info() that was asked for, on a CUDA device. The interpreter
-// lock is held; the reference stays good.
+// Query columns, and the kernel of build_info() that was asked for, on a CUDA device. The
+// interpreter lock is held; the reference stays good.
 const decode::DecodePlan& decode_plan(const KvFormat& format, int columns,
                                       const std::optional<std::string>& kernel, int device);
 

@@ -10,9 +10,9 @@ namespace {
 
 using Tensor = nb::dlpack::dltensor;
 
-// DLPack's table of C functions, which newer libraries offer beside __dlpack__: a tenth of its time,
-// and no question asked about the current device. Names of ours, layout of DLPack 1. Functions
-// return 0, or else raise.
+// DLPack's table of C functions, which newer libraries offer beside __dlpack__: a tenth of its
+// time, and no question asked about the current device. Names of ours, layout of DLPack 1.
+// Functions return 0, or else raise.
 struct ExchangeTable {
   std::uint32_t major_version;
   std::uint32_t minor_version;

@@ -23,7 +23,8 @@ struct ArrayView {
   nb::ndarray<nb::ro> owner;    // nothing where the caller's object is enough
 };
 
-// TypeError or ValueError where `object`, the argument `name`, isn't an array that can be `access`ed.
+// TypeError or ValueError where `object`, the argument `name`, isn't an array that can be
+// `access`ed.
 ArrayView view_array(nb::handle object, const char* name, Access access, Lifetime lifetime);
 
 // The stream on which the library of `object`, an array on that CUDA device, now works; nothing

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Plans and launches of CUDA decode: checks, the row of the kernel table, the device of the pointers.
+// Plans and launches of CUDA decode: checks, the row of the kernel table, the device of the
+// pointers.
 #include <cstring>
 
 #include "bitdecoding/decode/choice.hpp"

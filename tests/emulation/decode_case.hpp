@@ -121,7 +121,7 @@ inline void draw_launch(const decode::DecodeConfig& config, Batch batch, Draw& d
     c.late_ctas = c.ctas;
     c.warps = draw_warps(config, 3, draw);
     c.group = draw.between(c.warps / 2 + 1, c.warps);
-  } else if (draw.one_in(2)) {  // only warps that get many units take pages
+  } else if (draw.one_in(2)) {  // only warps that get many chunks take pages
     c.packed_chunks = c.format.chunks();
     c.ctas = draw.between(1, 2);
     c.warps = draw.between(1, 4) * decode::stream_warps(config);

@@ -43,10 +43,11 @@ std::vector<double> largest_keys(const PagedKvCache& cache, int sequence, int kv
   return largest;
 }
 
-// How far scores may be off.
-// Where K has scales per channel the kernel rounds Q' = q * scale to fp16, by 2^-11 of every product
-// with a code at most; where scales are powers of two, by nothing. Bytes are fixed point besides: of
-// q or Q' they lose 2^-15 of the largest at most, times every code.
+// How far scores may be off; what is summed over the channels is rounded independently, and 3 times
+// the root of the sum of squares is more than 5 standard deviations. Where K has scales per channel
+// the kernel rounds Q' = q * scale to fp16, by 2^-11 of every product with a code at most; where
+// scales are powers of two, by nothing. Bytes are fixed point besides: q or Q' lose about 2^-15 of
+// the largest at most, times every code.
 std::vector<double> score_errors(const DecodeInputs& inputs, const DecodeCase& c,
                                  decode::Product product) {
   const DecodeProblem& p = inputs.problem;
@@ -58,16 +59,18 @@ std::vector<double> score_errors(const DecodeInputs& inputs, const DecodeCase& c
       const std::vector<double> keys = largest_keys(p.cache, b, head / c.group);
       const double largest_key = *std::max_element(keys.begin(), keys.end());
       for (int token = 0; token < p.query_tokens; ++token) {
-        double sum = 0., largest = 0.;
+        double squares = 0., largest = 0.;
         for (int i = 0; i < c.format.head_dim; ++i) {
           const double q = std::abs(inputs.query(b, token, head, i));
-          sum += q * keys[i];
+          squares += q * keys[i] * q * keys[i];
           largest = std::max(largest, q * (per_channel ? keys[i] : largest_key));
         }
-        double error = rounds ? 0x1p-11 * sum : 0.;
-        if (product == decode::Product::bytes) error += 0x1p-15 * c.format.head_dim * largest;
+        double error = rounds ? 0x1p-11 * std::sqrt(squares) : 0.;
+        if (product == decode::Product::bytes) {
+          error += 0x1p-15 * std::sqrt(c.format.head_dim) * largest;
+        }
         errors[(b * p.query_tokens + token) * p.query_heads + head] =
-            error * std::abs(p.softmax_scale);
+            3. * error * std::abs(p.softmax_scale);
       }
     }
   }
@@ -172,12 +175,11 @@ Result on_machine(const DecodeInputs& inputs, const DecodeCase& c, Draw& draw) {
   return first;
 }
 
-// ---- the comparison ----
-// Weights that are off by factors between e^-2d and e^2d, d the scores' error, move an output by
-// (e^2d - 1) |v - out| at most, and values are apart by twice the largest magnitude at most. Before
-// codes are summed, weights are rounded to fp16 once or twice, by 2^-11 of that; or to bytes, each of
-// a chunk's 64 by 2^-16 of the heaviest. At last the output is rounded, below fp16's normal numbers
-// by half of 2^-24.
+// ---- the comparison ---- Weights that are off by factors between e^-2d and e^2d, d the scores'
+// error, move an output by (e^2d - 1) |v - out| at most, and values are apart by twice the largest
+// magnitude at most. Before codes are summed, weights are rounded to fp16 once or twice, by 2^-11
+// of that; or to bytes, each of a chunk's 64 by 2^-17 of the heaviest. At last the output is
+// rounded, below fp16's normal numbers by half of 2^-24.
 double output_bound(double score_error, double largest_value, ElementType type) {
   const double range = 2. * largest_value, rounding = type == ElementType::f16 ? 0x1p-11 : 0x1p-8;
   return (std::expm1(2. * score_error) + 0x1p-10) * range + rounding * largest_value + 0x1p-25;

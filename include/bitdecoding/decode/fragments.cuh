@@ -46,7 +46,8 @@ struct Shape {
   static constexpr int operand_column(int n, int g) {
     return product == Product::halves ? 8 * n + g : 4 * n + g / 2;
   }
-  // Lanes that hold a column of B, and their channels. Two lots have a column of bytes: each looks after half of its channels, odd g the upper half.
+  // Lanes that hold a column of B, and their channels. Two lots have a column of bytes: each looks
+  // after half of its channels, odd g the upper half.
   static constexpr int column_lanes = product == Product::halves ? 4 : 8;
   static constexpr int own_tiles = product == Product::halves ? tiles : tiles / 2;
   static constexpr int first_own_tile(int g) {
@@ -95,6 +96,9 @@ using QueryTensor = decltype(cute::make_tensor<std::uint32_t>(
 struct FragmentA {
   std::uint32_t a[4];
 };
+
+// A whose elements are all 1, fp16.
+__device__ inline FragmentA ones() { return {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u}; }
 
 // d (4) += A (m16 k16) * b (2), fp16
 template <class Accumulator, class B>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Partial attention of a segment and how partials become the output. A partial is m (log2 domain),
-// l = sum 2^(s - m) and O of the same scale; merging is associative, and always in the items' order.
+// l = sum 2^(s - m) and O of the same scale; merging is associative, and always in the items'
+// order.
 //   memory   float o[columns][D + 8], m[columns], l[columns]
 #pragma once
 
@@ -101,8 +102,8 @@ template <class S>
 inline constexpr int kFewColumns = 128 / S::head_dim;
 inline constexpr int kManyColumns = 4;
 
-// Columns that a warp merges together. 32 / Columns lanes have a column each, and of it four channels
-// kParts times.
+// Columns that a warp merges together. 32 / Columns lanes have a column each, and of it four
+// channels kParts times.
 template <class S, int Columns>
 struct MergedColumns {
   static constexpr int kLanes = 32 / Columns;

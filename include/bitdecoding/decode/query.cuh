@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The queries of one segment: loaded as B operand, brought to max |q| in [32, 64) by a power of two
-// per column. What K's scales make of them once per group, Q' = q * scale, is in bytes/ and halves/.
+// per column. What K's scales make of them once per group, Q' = q * scale, is in bytes/ and
+// halves/.
 #pragma once
 
 #include "bitdecoding/decode/decode_problem.hpp"
@@ -16,7 +17,6 @@ struct Query;
 // Of q over every 32 channels, for per-token K.
 template <class S>
 using QuerySums = ColumnTensor<S>[S::tiles / 2];
-__device__ inline FragmentA ones() { return {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u}; }
 
 // Which query a column is: (query token, head of the group), heads fastest.
 struct QueryColumns {
@@ -30,10 +30,11 @@ __device__ inline float2 widen_pair(std::uint32_t pair, ElementType type) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
-// The power of two that brings a column's largest magnitude to [32, 64): its exponent.
+// The power of two that brings a column's largest magnitude to [32, 64): its exponent, where
+// neither it nor its inverse leaves fp32 together with scales.
 __device__ inline int column_exponent(float largest) {
   const int exponent = (__float_as_int(largest) >> 23 & 0xff) - 127;
-  return largest > 0.f ? min(max(5 - exponent, -100), 100) : 0;
+  return largest > 0.f ? min(max(5 - exponent, -100), 60) : 0;
 }
 
 // A segment's queries as they lie in memory, on their way to registers: pairs of channels.
@@ -90,7 +91,9 @@ __device__ void set_query(QueryTensor<S>& q, ColumnTensor<S>& scale, const Query
       const float2 pair = widen_pair(bits(i % 2, n, i / 2), type);
       q(i % 2, n, i / 2) = as_bits(__floats2half2_rn(pair.x * power, pair.y * power));
     }
-    operand_scale[n] = fabsf(softmax_scale) * 1.44269504f * power_of_two(-exponent);
+    // An infinite query spoils its column, as it does on the CPU: bytes would make it finite.
+    const float spoilt = 0.f * largest;
+    operand_scale[n] = fabsf(softmax_scale) * 1.44269504f * power_of_two(-exponent) + spoilt;
   }
 #pragma unroll
   for (int c = 0; c < S::lane_columns; ++c) {

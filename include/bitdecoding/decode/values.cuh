@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// O^T += V^T P^T of one item, as far as both kinds of products share it. Per-token V scales multiply
-// the weights; zero-points add sum(p * zero), one number per query and group.
+// O^T += V^T P^T of one item, as far as both kinds of products share it. Per-token V scales
+// multiply the weights; zero-points add sum(p * zero), one number per query and group.
 #pragma once
 
 #include <cute/arch/copy_sm75.hpp>
@@ -25,7 +25,7 @@ struct Output {
   __device__ void reset() {
     cute::clear(tOrO);
     for (auto& sum : zero_sum) cute::clear(sum);
-    is_true = S::product == Product::bytes;
+    is_true = false;
   }
   __device__ void rescale(int c, float factor) {
 #pragma unroll

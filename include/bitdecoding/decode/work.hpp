@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the bytes of a batch are dealt out: every (sequence, KV head) is a segment of items, which take
-// about the same time, and every warp owns an equal run of the batch's items.
+// How the bytes of a batch are dealt out: every (sequence, KV head) is a segment of items, which
+// take about the same time, and every warp owns an equal run of the batch's items.
 //   segment   packed items of one or two chunks | 16-bit tiles of 16 tokens
 // Pure and the same on host and device: plans need no memory, and lengths never visit the host.
 #pragma once

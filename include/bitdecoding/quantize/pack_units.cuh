@@ -67,8 +67,8 @@ constexpr int v_word_bit(int h, int m8, int k8, int tile) {
   return Bits * layout::v_code_layout<Bits, HeadDim>()(8 * k8 + h, 16 * tile + 8 * m8);
 }
 
-// Adds a fragment's codes to a unit, whose bits there are 0: each at bit(h, m8, k8), by the coder of
-// its group, coder(h, m8, k8). Sums take nvcc fewer registers than ors, 40 instead of 64.
+// Adds a fragment's codes to a unit, whose bits there are 0: each at bit(h, m8, k8), by the coder
+// of its group, coder(h, m8, k8). Sums take nvcc fewer registers than ors, 40 instead of 64.
 template <int Bits, class Coder, class Bit, class Unit>
 __device__ void add_codes(const Fragment& f, const Coder& coder, const Bit& bit, Unit& unit) {
 #pragma unroll

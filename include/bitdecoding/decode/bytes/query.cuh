@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// q or Q' as bytes: 16-bit fixed point, (254 * upper + lower) / (254 * 2^e), one e per column. Upper
-// and lower bytes lie in neighbouring columns of B, so that both sums of a query meet in one lane.
+// q or Q' as bytes: 16-bit fixed point, (254 * upper + lower) / (254 * 2^e), one e per column.
+// Upper and lower bytes lie in neighbouring columns of B, so that both sums of a query meet in one
+// lane.
 #pragma once
 
 #include "bitdecoding/decode/bytes/fragments.cuh"
@@ -41,8 +42,8 @@ __device__ inline int byte_exponent(__half2 magnitude) {
   return min(6 - exponent, 14);
 }
 
-// `pairs` of all channels to the bytes that the lane holds of them: upper ones where g is even, lower
-// ones where it is odd. Both lanes of a column split their own channels and swap.
+// `pairs` of all channels to the bytes that the lane holds of them: upper ones where g is even,
+// lower ones where it is odd. Both lanes of a column split their own channels and swap.
 template <Bytes S>
 __device__ void split_in_bytes(const QueryTensor<S>& pairs, int exponent, int lane,
                                QueryBytes<S>& bytes) {
@@ -101,8 +102,8 @@ __device__ void sum_query(const QueryTensor<S>& q, QuerySums<S>& sums) {
   }
 }
 
-// sum(q * zero) over a K group's channels: an MMA whose rows all hold the zero-points, rows g of one
-// half of the channels, which meet the even columns, rows g + 8 of the other.
+// sum(q * zero) over a K group's channels: an MMA whose rows all hold the zero-points, rows g of
+// one half of the channels, which meet the even columns, rows g + 8 of the other.
 template <Bytes S, class Vectors>
 __device__ float sum_zeros(const QueryTensor<S>& q, const Vectors& vectors, int lane) {
   constexpr int kPieces = S::own_tiles / 2;
@@ -118,8 +119,8 @@ __device__ float sum_zeros(const QueryTensor<S>& q, const Vectors& vectors, int 
   return (sum(0, 0) + sum(3, 0)) + (sum(0, 1) + sum(3, 1));
 }
 
-// The power of two, as exponent, that brings q * scale into the range of fp16: q is below 64, scales
-// up to 65504, and small products would lose bits.
+// The power of two, as exponent, that brings q * scale into the range of fp16: q is below 64,
+// scales up to 65504, and small products would lose bits.
 __device__ inline int range_shift(__half2 largest) {
   constexpr std::uint32_t kInfinity = 0x7c00u, kSmall = 0x1c00u;  // 2^-8
   const std::uint32_t bits = as_bits(largest) & 0x7fffu;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// An item's weights, and products of V's codes and their bytes. P' = p * scale is 16-bit fixed point
-// relative to the largest of its chunk: a token that scores high but has small values, as attention
-// sinks do, takes no bits from the others. Sums are integers of one chunk; O takes them up in fp32,
-// by a factor that knows the fields' position, the fixed point and the chunk's weight 2^(top - m),
-// where top is the chunk's largest score and p = 2^(s - top).
+// An item's weights, and products of V's codes and their bytes. P' = p * scale is 16-bit fixed
+// point relative to the largest of its chunk: a token that scores high but has small values, as
+// attention sinks do, takes no bits from the others. Sums are integers of one chunk; O takes them
+// up in fp32, by a factor that knows the fields' position, the fixed point and the chunk's weight
+// 2^(top - m), where top is the chunk's largest score and p = 2^(s - top).
 #pragma once
 
 #include "bitdecoding/decode/bytes/fragments.cuh"
@@ -112,7 +112,7 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
                           ScoreTensor<S, kChunkBlocks>& tSrS, Softmax<S>& softmax,
                           Output<S, Groups>& output) {
   constexpr int kPartChannels = S::head_dim / S::V::v_parts;
-  constexpr float kLargest = 65280.f;  // P' as an integer
+  constexpr float kLargest = 65280.f;  // P' as an integer: roundings don't carry it beyond 16 bits
   const float weight = weigh<S, kChunkBlocks>(tSrS, scale, softmax, output);
   const float largest = largest_weight<S>(largest_scales<S>(page, groups, lane), tSrS);
   const float up = kLargest * arch::reciprocal(largest);
@@ -136,7 +136,7 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
 template <Bytes S, class Groups>
 __device__ void add_zone(const std::uint8_t* rows, const ScoreScale<S, 1>& scale, int end, int lane,
                          ScoreTensor<S, 1>& tSrS, Softmax<S>& softmax, Output<S, Groups>& output) {
-  constexpr float kUp = 0x1p15f;  // of weights: small ones keep their bits in fp16
+  constexpr float kUp = 0x1p13f;  // of weights: small ones keep their bits in fp16
   const float weight = weigh<S, 1>(tSrS, scale, softmax, output) / kUp;
   auto tOrP = cute::make_tensor<std::uint32_t>(cute::Shape<_2>{});
 #pragma unroll

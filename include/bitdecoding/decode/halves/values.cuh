@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// An item's weights, and products of V's codes and fp16 weights, straight into O. m is lazy: it rises
-// only when a score exceeds it by the slack, so most items don't rescale. p = 2^(s - m + 11), where m
-// guards max s + e and e bounds log2 of the item's V scales: p * scale doesn't overflow fp16.
-// Packed products carry the codes' powers of two (2^-24 and the field's position), a constant of the
-// output row; zones come after the packed items and find O already true.
+// An item's weights, and products of V's codes and fp16 weights, straight into O. m is lazy: it
+// rises only when a score exceeds it by the slack, so most items don't rescale. p = 2^(s - m + 11),
+// where m guards max s + e and e bounds log2 of the item's V scales: p * scale doesn't overflow
+// fp16. Packed products carry the codes' powers of two (2^-24 and the field's position), a constant
+// of the output row; zones come after the packed items and find O already true.
 #pragma once
 
 #include "bitdecoding/decode/halves/fragments.cuh"
