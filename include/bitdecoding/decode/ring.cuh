@@ -157,7 +157,7 @@ class Ring {
   __device__ void look_ahead(ItemCursor& cursor) {
     plain_items_ = cursor.plain_items();
     if (plain_items_ > 0) {
-      plain_ = cursor.packed_run();
+      plain_item_ = cursor.packed_run().index;
       cursor.skip(plain_items_);
     }
     cursor.save(storage_.cursor.state);
@@ -165,9 +165,10 @@ class Ring {
 
   __device__ void load_plain() {
     const auto end = static_cast<std::int16_t>(storage_.batch.item_tokens);
-    load_packed(free_stage(), plain_, {0, end, 0}, false);
+    const PackedRun run{plain_item_, storage_.cursor.state.kv_head};
+    load_packed(free_stage(), run, {0, end, 0}, false);
     --plain_items_;
-    ++plain_.index;
+    ++plain_item_;
   }
 
   // The warp's first item may lack the parameters of a group that begins in the chunk before.
@@ -175,7 +176,7 @@ class Ring {
     const int page_log2 = storage_.batch.item_tokens < a_.record.format().page_tokens;
     const int second = run.index & page_log2;  // of the page's two items
     const PackedBytes& piece = a_.packed[page_log2 + second];
-    int id = storage_.cursor.page_ids[(run.index >> page_log2) - run.pages_begin];
+    int id = storage_.cursor.page_ids[run.index >> page_log2];
     tokens.flags |= piece.flags;
     if (id < 0) {
       id = 0;
@@ -221,7 +222,7 @@ class Ring {
   int held_ = 0;
   int stage_ = 0, phase_ = 0;
   int plain_items_ = 0;
-  PackedRun plain_;  // of the next plain item
+  int plain_item_ = 0;  // index of the next of them
 };
 
 }  // namespace bitdecoding::decode

@@ -88,13 +88,15 @@ __device__ void multiply_group(GroupTile<S>& d, const FragmentA& a, std::uint64_
   multiply_group<S>(d.d, a, b, adds, std::make_index_sequence<GroupShape<S>::accumulators>{});
 }
 
+template <Wgmma S>
+__device__ void fence(GroupTile<S>& tile) {
+#pragma unroll
+  for (float& d : tile.d) cute::warpgroup_fence_operand(d);
+}
 template <Wgmma S, int Count>
 __device__ void fence(GroupTile<S> (&tiles)[Count]) {
 #pragma unroll
-  for (GroupTile<S>& tile : tiles) {
-#pragma unroll
-    for (float& d : tile.d) cute::warpgroup_fence_operand(d);
-  }
+  for (GroupTile<S>& tile : tiles) fence<S>(tile);
 }
 template <int Count>
 __device__ void fence(FragmentA (&fragments)[Count]) {

@@ -36,7 +36,7 @@ struct TokenPair {
 // Raw sums of the chunk's 64 tokens from its words, begun: they are there after a wait.
 template <Wgmma S>
 __device__ void begin_scores(const KWords<S>& words, OperandB scaled, FragmentA (&tSrK)[S::tiles],
-                             GroupTile<S> (&tSrS)[1]) {
+                             GroupTile<S>& tSrS) {
 #pragma unroll
   for (int k = 0; k < S::tiles; ++k) tSrK[k] = k_halves<S::page.k_bits>(words, k);
   fence<S>(tSrS);
@@ -45,9 +45,21 @@ __device__ void begin_scores(const KWords<S>& words, OperandB scaled, FragmentA 
   cute::warpgroup_arrive();
 #pragma unroll
   for (int k = 0; k < S::tiles; ++k) {
-    multiply_group<S>(tSrS[0], tSrK[k], descriptor_b<S>(scaled, k), k > 0);
+    multiply_group<S>(tSrS, tSrK[k], descriptor_b<S>(scaled, k), k > 0);
   }
   cute::warpgroup_commit_batch();
+}
+
+// The scores that were begun are there. Those of masked tokens are -inf.
+template <Wgmma S>
+__device__ void end_scores(const bool (&is_masked)[2], int begin, GroupTile<S>& tSrS) {
+  cute::warpgroup_wait<0>();
+  fence<S>(tSrS);
+  if (begin <= 0) return;
+#pragma unroll
+  for (int d = 0; d < GroupShape<S>::accumulators; ++d) {
+    if (is_masked[d / 2 % 2]) tSrS.d[d] = -INFINITY;
+  }
 }
 
 // Per-token K: scales multiply the sums; query sums times zero-points join a column's offset.
@@ -62,6 +74,14 @@ struct TokenAxis {
 struct ChannelAxis {
   static __device__ float sum(float raw, int) { return raw; }
   static __device__ float offset(float offset, float, int) { return offset; }
+};
+
+// A chunk's tokens, as far as they are a lane's.
+template <class Axis>
+struct LaneTokens {
+  Axis axis;
+  TokenPair v;
+  bool is_masked[2];
 };
 
 }  // namespace bitdecoding::decode

@@ -23,26 +23,23 @@ class GroupStream {
         storage_(storage),
         lane_(arch::lane_id()),
         warp_(Threads::warp()),
-        first_token_(16 * warp_ + lane_ / 4),
-        barrier_(Threads::barrier()),
         weights_row_(weights_row<S>(warp_, lane_)),
-        scaled_(operand_b<S>(storage.scaled)),
-        weights_(operand_b<S>(storage.weights[0])) {}
+        scaled_(operand_b<S>(storage.scaled)) {}
 
   // `head`: virtual, see SegmentPlace. The queries are on their way until begin_segment.
   __device__ QueryBits load_query(int sequence, int head) const {
     const int kv_head = a_.column_tiles == 1 ? head : head / a_.column_tiles;
     const int tile = head - kv_head * a_.column_tiles;
+    const int first = tile * S::columns + first_column<S>(Threads::warp());
     QueryBits bits;
-    decode::load_query<Q>(a_.problem, sequence, kv_head,
-                          {tile * S::columns + first_column<S>(warp_), a_.columns, a_.group}, lane_,
-                          bits);
+    decode::load_query<Q>(a_.problem, sequence, kv_head, {first, a_.columns, a_.group},
+                          arch::lane_id(), bits);
     return bits;
   }
 
   __device__ void begin_segment(const QueryBits& bits) {
     Threads::sync();  // the last segment's partial is read
-    begin_queries<S>(bits, a_.problem, warp_, lane_, storage_);
+    begin_queries<S>(bits, a_.problem, Threads::warp(), arch::lane_id(), storage_);
     publish_operand();
     Threads::sync();
     output_.reset();
@@ -58,13 +55,16 @@ class GroupStream {
 
   // The segment's result, by all threads; it is there after a barrier.
   __device__ void store(Partial<S>& partial) {
+    const int lane = arch::lane_id(), warp = Threads::warp();
+    const auto column = [&](int c) { return c / 2 * 8 + lane % 4 * 2 + c % 2; };
     output_.make_true();
 #pragma unroll
     for (int c = 0; c < GroupShape<S>::lane_columns; ++c) {
-      const float sum = sum_of_rows(output_.sum[c]), zero = sum_of_rows(output_.zero_sum[c]);
-      if (lane_ < 4) {
-        storage_.of_warps[0][warp_][column(c)] = sum;
-        storage_.of_warps[1][warp_][column(c)] = zero;
+      const float sum = sum_of_rows(output_.sums.p[c]);
+      const float zero = sum_of_rows(output_.sums.zero[c]);
+      if (lane < 4) {
+        storage_.of_warps[0][warp][column(c)] = sum;
+        storage_.of_warps[1][warp][column(c)] = zero;
       }
     }
     Threads::sync();  // the operands are no longer read either
@@ -74,7 +74,7 @@ class GroupStream {
 #pragma unroll
       for (int i = 0; i < 2 * GroupShape<S>::output_tiles; ++i) {
         const int tile = i / 2, row = i % 2;
-        const int channel = warp_ * GroupShape<S>::warp_channels + 16 * tile + 8 * row + lane_ / 4;
+        const int channel = warp * GroupShape<S>::warp_channels + 16 * tile + 8 * row + lane / 4;
         partial.o[column(c)][channel] = output_.tOrO[tile].d[c / 2 * 4 + 2 * row + c % 2] + zero;
       }
     }
@@ -87,123 +87,128 @@ class GroupStream {
  private:
   using Page = layout::PackedKvPage<S::page, std::uint8_t>;
 
-  __device__ int column(int c) const { return c / 2 * 8 + lane_ % 4 * 2 + c % 2; }
   __device__ float sum_of_warps(int which, int column) const {
     const auto& sums = storage_.of_warps[which];
     return (sums[0][column] + sums[1][column]) + (sums[2][column] + sums[3][column]);
   }
 
-  // The chunks of a packed item, one after the other.
+  // The chunks of a packed item, both at once where they have the same Q'.
   __device__ void attend_packed(const ItemTokens& tokens, std::uint8_t* bytes) {
     bool new_group = tokens.flags & ItemTokens::new_group;
+    const bool one_query = S::page.k_axis == KAxis::token || !(tokens.flags & ItemTokens::later_groups);
+    const int step = one_query ? 2 * kChunkTokens : kChunkTokens;
 #pragma unroll 1
-    for (int token = 0; token < tokens.end; token += kChunkTokens) {
-      const Page page(a_.record, bytes);
+    for (int token = 0; token < tokens.end; token += step) {
       if (S::page.k_axis == KAxis::channel && new_group) {
-        begin_channel_group<S>(page, warp_, lane_, storage_);
+        begin_channel_group<S>(Page(a_.record, bytes), warp_, lane_, storage_);
         publish_operand();
         Threads::sync();
       }
-      attend_chunk(page, tokens.begin - token);
+      if (tokens.end - token >= 2 * kChunkTokens && one_query) {
+        attend_chunks<2>(bytes, tokens.begin, 0);
+      } else {
+        attend_chunks<1>(bytes, tokens.begin - token, token / kChunkTokens);
+      }
       new_group = tokens.flags & ItemTokens::later_groups;
       bytes += a_.record.chunk_stride();
     }
     if (tokens.flags & ItemTokens::bad_page) {
 #pragma unroll
-      for (float& sum : output_.sum) sum = NAN;
+      for (float& sum : output_.sums.p) sum = NAN;
     }
   }
 
   using Axis = std::conditional_t<S::page.k_axis == KAxis::channel, ChannelAxis, TokenAxis>;
+  using Tokens = LaneTokens<Axis>;
 
-  __device__ Axis load_axis(const Page& page, const bool (&is_masked)[2]) const {
-    if constexpr (S::page.k_axis == KAxis::channel) {
-      return {};
-    } else {
-      TokenPair tokens(page.k_token_vectors(0), warp_, lane_);
-      tokens.mask(is_masked, 1.f);  // of scores that are -inf
-      return {tokens};
-    }
+  __device__ Page page(std::uint8_t* bytes, int chunk) const {
+    return Page(a_.record, bytes + chunk * a_.record.chunk_stride());
   }
 
-  // Tokens before `begin` (of the chunk) are not attended to.
-  __device__ void attend_chunk(const Page& page, int begin) {
-    OperandB weights = weights_operand();
-    weights.low = __shfl_sync(0xffffffffu, weights.low, 0);
-    const bool is_masked[2] = {first_token_ < begin, first_token_ + 8 < begin};
-    GroupTile<S> tSrS[1];
-    TokenPair v;
-    ValueWords<S> words;
+  // Tokens before `begin` of the chunk count for nothing.
+  __device__ Tokens load_tokens(const Page& page, int begin) const {
+    const int first = 16 * warp_ + lane_ / 4;
+    Tokens tokens{{}, {page.v_token_vectors(0), warp_, lane_}, {first < begin, first + 8 < begin}};
+    tokens.v.mask(tokens.is_masked, 0.f);
+    if constexpr (S::page.k_axis == KAxis::token) {
+      tokens.axis.tokens = TokenPair(page.k_token_vectors(0), warp_, lane_);
+      tokens.axis.tokens.mask(tokens.is_masked, 1.f);  // of scores that are -inf
+    }
+    return tokens;
+  }
+
+  // Tokens before `begin` (of the first chunk) are not attended to. Scores of the second chunk are
+  // under way while the first one's become weights.
+  template <int Chunks>
+  __device__ void attend_chunks(std::uint8_t* bytes, int begin, int place) {
+    constexpr int kLast = Chunks - 1;
+    Tokens tokens[Chunks];
+    GroupTile<S> tSrS[Chunks];
+    GroupSums<S> sums;
     // Where m must rise, scores are made once more: most chunks need them only once.
     for (bool rises = false;; rises = true) {
-      KWords<S> key_words;
-      load_words<S>(page.k_units(0), lane_, warp_, key_words);
       FragmentA tSrK[S::tiles];
-      begin_scores<S>(key_words, scaled_, tSrK, tSrS);
-      words = ValueWords<S>(page, warp_, lane_);
-      v = TokenPair(page.v_token_vectors(0), warp_, lane_);
-      v.mask(is_masked, 0.f);
-      const Axis axis = load_axis(page, is_masked);
-      cute::warpgroup_wait<0>();
-      fence<S>(tSrS);
-      if (begin > 0) mask(is_masked, tSrS[0]);
-      if (rises) {
-        raise_group_maximum<S, Threads>(axis, v, tSrS[0], warp_, lane_, storage_, output_);
-        Threads::sync();
+      bool overflows = false;
+#pragma unroll
+      for (int c = 0; c < Chunks; ++c) {
+        KWords<S> key_words;
+        load_words<S>(page(bytes, c).k_units(0), lane_, warp_, key_words);
+        begin_scores<S>(key_words, scaled_, tSrK, tSrS[c]);
+        tokens[c] = load_tokens(page(bytes, c), begin - c * kChunkTokens);
+        if (c > 0 && !rises) overflows |= weigh(tokens[c - 1], place + c - 1, c == 1, tSrS[c - 1], sums);
+        end_scores<S>(tokens[c].is_masked, begin, tSrS[c]);
       }
-      const bool overflows =
-          weigh_group<S>(storage_, axis, v, lane_, tSrS[0], storage_.weights[turn_] + weights_row_);
+      if (rises) {
+        raise_group_maximum<Chunks, S, Threads>(tokens, tSrS, warp_, lane_, storage_, output_);
+        Threads::sync();
+#pragma unroll
+        for (int c = 0; c + 1 < Chunks; ++c) weigh(tokens[c], place + c, c == 0, tSrS[c], sums);
+      }
+      overflows |= weigh(tokens[kLast], place + kLast, kLast == 0, tSrS[kLast], sums);
       publish_operand();
-      if (!arch::any_of_warpgroup(barrier_, overflows && !rises)) break;
+      if (!Threads::any(overflows && !rises)) break;
     }
-    add_values(words, weights);
-    add_sums<S>(tSrS[0], v, output_);
-    end_values<S>(output_);
-    turn_ ^= 1;
-  }
-
-  __device__ void add_values(const ValueWords<S>& words, OperandB weights) {
-    constexpr int kTiles = GroupShape<S>::output_tiles;
-    FragmentA tOrV[kChunkBlocks * kTiles];
+    FragmentA tOrV[kChunkBlocks * GroupShape<S>::output_tiles];
 #pragma unroll
-    for (int i = 0; i < kChunkBlocks * kTiles; ++i) {
-      tOrV[i] = words.fragment(i % kTiles, i / kTiles);
-    }
-    begin_values<kChunkBlocks, S>(tOrV, weights, output_);
-  }
-
-  __device__ static void mask(const bool (&is_masked)[2], GroupTile<S>& tSrS) {
-#pragma unroll
-    for (int d = 0; d < GroupShape<S>::accumulators; ++d) {
-      if (is_masked[d / 2 % 2]) tSrS.d[d] = -INFINITY;
+    for (int c = 0; c < Chunks; ++c) {
+      ValueWords<S>(page(bytes, c), warp_, lane_).fragments(tOrV);
+      begin_values<kChunkBlocks, S>(tOrV, weights_operand(place + c), output_);
+      if (c == 0) output_.sums.add(sums);
+      end_values<S>(output_);
     }
   }
 
-  // Of the chunk's weights.
-  __device__ OperandB weights_operand() const {
+  // Scores to p and weights; see weigh_group.
+  __device__ bool weigh(const Tokens& tokens, int place, bool is_first, GroupTile<S>& tSrS,
+                        GroupSums<S>& sums) {
+    return weigh_group<S>(storage_, tokens.axis, tokens.v, lane_, is_first, tSrS, sums,
+                          storage_.weights[place] + weights_row_);
+  }
+
+  // Of weights in one of their two places.
+  __device__ OperandB weights_operand(int place) const {
+    using Storage = GroupStorage<S>;
     constexpr int kBytes = sizeof(storage_.weights[0]);
-    return {weights_.low + turn_ * (kBytes / 16)};
+    constexpr int kFirst = offsetof(Storage, weights) - offsetof(Storage, scaled);
+    return {__shfl_sync(0xffffffffu, scaled_.low + ((kFirst + place * kBytes) >> 4), 0)};
   }
 
   __device__ void attend_zone(int end, std::uint8_t* bytes) {
+    const int lane = arch::lane_id(), warp = Threads::warp();
     output_.make_true();
     ColumnTensor<Q> sums;
-    weigh_zone<S>(bytes, end, warp_, lane_, storage_.weights[turn_], storage_, sums);
+    weigh_zone<S>(bytes, end, warp, lane, storage_.weights[0], storage_, sums);
     publish_operand();
     Threads::sync();
-    add_zone_values<S>(bytes + kZoneTokens * zone_row_bytes(S::head_dim), end, warp_, lane_,
-                       weights_operand(), storage_, sums, output_);
-    turn_ ^= 1;
+    add_zone_values<S>(bytes + kZoneTokens * zone_row_bytes(S::head_dim), end, warp, lane,
+                       weights_operand(0), storage_, sums, output_);
   }
 
   const DecodeArguments& a_;
   GroupStorage<S>& storage_;
   int lane_, warp_;
-  int first_token_;  // of a chunk; the lane's other one is 8 behind
-  int barrier_;
   int weights_row_;
-  OperandB scaled_, weights_;
-  int turn_ = 0;  // of the weights' two places
+  OperandB scaled_;
   GroupOutput<S> output_;
 };
 

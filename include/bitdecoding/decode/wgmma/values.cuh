@@ -10,11 +10,25 @@
 
 namespace bitdecoding::decode {
 
+// Of a lane's tokens.
+template <Wgmma S>
+struct GroupSums {
+  float p[GroupShape<S>::lane_columns];
+  float zero[GroupShape<S>::lane_columns];  // of p * zero
+
+  __device__ void add(const GroupSums& other) {
+#pragma unroll
+    for (int c = 0; c < GroupShape<S>::lane_columns; ++c) {
+      p[c] += other.p[c];
+      zero[c] += other.zero[c];
+    }
+  }
+};
+
 template <Wgmma S>
 struct GroupOutput {
   GroupTile<S> tOrO[GroupShape<S>::output_tiles];
-  float sum[GroupShape<S>::lane_columns];       // of p, this lane's tokens
-  float zero_sum[GroupShape<S>::lane_columns];  // of p * zero
+  GroupSums<S> sums;
   bool is_true = false;                         // tOrO no longer carries the codes' powers of two
 
   __device__ void reset() {
@@ -24,7 +38,7 @@ struct GroupOutput {
       for (float& d : tile.d) d = 0.f;
     }
 #pragma unroll
-    for (int c = 0; c < GroupShape<S>::lane_columns; ++c) sum[c] = zero_sum[c] = 0.f;
+    for (int c = 0; c < GroupShape<S>::lane_columns; ++c) sums.p[c] = sums.zero[c] = 0.f;
     is_true = false;
   }
   __device__ void rescale(int c, float factor) {
@@ -33,8 +47,8 @@ struct GroupOutput {
       tile.d[c / 2 * 4 + c % 2] *= factor;
       tile.d[c / 2 * 4 + c % 2 + 2] *= factor;
     }
-    sum[c] *= factor;
-    zero_sum[c] *= factor;
+    sums.p[c] *= factor;
+    sums.zero[c] *= factor;
   }
   __device__ void make_true() {
     if (is_true) return;
@@ -62,10 +76,12 @@ __device__ int weights_row(int warp, int lane) {
   return core_matrix<S>(lane >> 4, 2 * warp + (lane >> 3 & 1)) / 4 + (lane & 7) * 4;
 }
 
-// Sums to p, in place, and to weights, from the lane's row on: written, not yet published. Returns whether a p is too large.
+// A chunk's raw sums to p, which join `sums` or, of the first chunk, are them, and to weights, from
+// the lane's row on: written, not yet published. Returns whether a p is too large.
 template <Wgmma S, class Axis>
 __device__ bool weigh_group(const GroupStorage<S>& storage, const Axis& axis, const TokenPair& v,
-                            int lane, GroupTile<S>& tSrS, std::uint32_t* weights) {
+                            int lane, bool is_first, GroupTile<S>& tSrS, GroupSums<S>& sums,
+                            std::uint32_t* weights) {
   float top = 0.f;
 #pragma unroll
   for (int n = 0; n < GroupShape<S>::n_tiles; n += 2) {
@@ -88,7 +104,15 @@ __device__ bool weigh_group(const GroupStorage<S>& storage, const Axis& axis, co
         pairs[2 * i + row] =
             as_bits(__floats2half2_rn(s[2 * row] * v.scale[row], s[2 * row + 1] * v.scale[row]));
       }
-      top = fmaxf(top, fmaxf(s[0] + s[2], s[1] + s[3]));
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int c = 2 * (n + i) + e;
+        const float sum = s[e] + s[2 + e];
+        top = fmaxf(top, sum);
+        sums.p[c] = is_first ? sum : sums.p[c] + sum;
+        const float zero = is_first ? 0.f : sums.zero[c];
+        sums.zero[c] = s[e] * v.zero[0] + (s[2 + e] * v.zero[1] + zero);
+      }
     }
     cute::SM90_U16x8_STSM_T::copy(
         pairs[0], pairs[1], pairs[2], pairs[3],
@@ -97,13 +121,11 @@ __device__ bool weigh_group(const GroupStorage<S>& storage, const Axis& axis, co
   return top > power_of_two(15 - scale_exponent(fmaxf(v.scale[0], v.scale[1])));
 }
 
-// Raises m to the group's largest score + e of every column. The last of its barriers is the caller's.
-template <Wgmma S, class Threads, class Axis>
-__device__ void raise_group_maximum(const Axis& axis, const TokenPair& v, const GroupTile<S>& tSrS,
-                                    int warp, int lane, GroupStorage<S>& storage,
-                                    GroupOutput<S>& output) {
-  const float e[2] = {static_cast<float>(scale_exponent(v.scale[0])),
-                      static_cast<float>(scale_exponent(v.scale[1]))};
+// Raises m to the chunks' largest score + e of every column. The last of its barriers is the caller's.
+template <int Chunks, Wgmma S, class Threads, class Axis>
+__device__ void raise_group_maximum(const LaneTokens<Axis> (&tokens)[Chunks],
+                                    const GroupTile<S> (&tSrS)[Chunks], int warp, int lane,
+                                    GroupStorage<S>& storage, GroupOutput<S>& output) {
   const auto column_of = [&](int c) { return c / 2 * 8 + (lane & 3) * 2 + c % 2; };
 #pragma unroll
   for (int c = 0; c < GroupShape<S>::lane_columns; ++c) {
@@ -111,10 +133,13 @@ __device__ void raise_group_maximum(const Axis& axis, const TokenPair& v, const 
     const float factor = *column_map<S>(storage, 0, c, lane);
     float top = -INFINITY;
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const float bias = axis.offset(storage.bias[column], storage.query_sum[column], row);
-      const float s = tSrS.d[c / 2 * 4 + 2 * row + c % 2];
-      top = fmaxf(top, axis.sum(s, row) * factor + bias + e[row]);
+    for (int i = 0; i < 2 * Chunks; ++i) {
+      const int row = i % 2;
+      const LaneTokens<Axis>& of = tokens[i / 2];
+      const float bias = of.axis.offset(storage.bias[column], storage.query_sum[column], row);
+      const float s = tSrS[i / 2].d[c / 2 * 4 + 2 * row + c % 2];
+      const auto e = static_cast<float>(scale_exponent(of.v.scale[row]));
+      top = fmaxf(top, of.axis.sum(s, row) * factor + bias + e);
     }
     for (int distance = 4; distance < 32; distance *= 2) {
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, distance));
@@ -144,16 +169,6 @@ __device__ void raise_group_maximum(const Axis& axis, const TokenPair& v, const 
   }
 }
 
-template <Wgmma S>
-__device__ void add_sums(const GroupTile<S>& tSrP, const TokenPair& v, GroupOutput<S>& output) {
-#pragma unroll
-  for (int c = 0; c < GroupShape<S>::lane_columns; ++c) {
-    const float low = tSrP.d[c / 2 * 4 + c % 2], high = tSrP.d[c / 2 * 4 + c % 2 + 2];
-    output.sum[c] += low + high;
-    output.zero_sum[c] = low * v.zero[0] + (high * v.zero[1] + output.zero_sum[c]);
-  }
-}
-
 // A lane's V words of a chunk, of its warp's quarter of the channels: (word of a block, block).
 template <Wgmma S>
 struct ValueWords {
@@ -179,11 +194,15 @@ struct ValueWords {
       for (std::uint32_t& w : word) w >>= shift;
     }
   }
-  // Of tile i of the output.
-  __device__ FragmentA fragment(int i, int block) const {
-    const int column = i / S::V::tiles_per_word;
-    return v_halves<S::page.v_bits>(word[block * S::V::v_part_words + column],
-                                    i % S::V::tiles_per_word);
+  // Of (tile of the output, block), tiles fastest.
+  __device__ void fragments(FragmentA (&tOrV)[kChunkBlocks * GroupShape<S>::output_tiles]) const {
+#pragma unroll
+    for (int i = 0; i < kChunkBlocks * GroupShape<S>::output_tiles; ++i) {
+      const int tile = i % GroupShape<S>::output_tiles, block = i / GroupShape<S>::output_tiles;
+      const int column = tile / S::V::tiles_per_word;
+      tOrV[i] = v_halves<S::page.v_bits>(word[block * S::V::v_part_words + column],
+                                         tile % S::V::tiles_per_word);
+    }
   }
 };
 

@@ -65,7 +65,7 @@ __device__ void add_zone_values(const std::uint8_t* rows, int end, int warp, int
   }
 #pragma unroll
   for (int c = 0; c < GroupShape<S>::lane_columns; ++c) {
-    if (c / Q::lane_columns == warp) output.sum[c] += sums(c % Q::lane_columns);
+    if (c / Q::lane_columns == warp) output.sums.p[c] += sums(c % Q::lane_columns);
   }
   FragmentA tOrV[GroupShape<S>::output_tiles];
   load_zone_values<S>(rows + warp * GroupShape<S>::warp_channels * 2, end, lane, tOrV);
