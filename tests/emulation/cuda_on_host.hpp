@@ -212,11 +212,10 @@ inline unsigned cast_smem_ptr_to_uint(const void* address) {
 template <class Register>
 void warpgroup_fence_operand(Register&) {}
 inline void warpgroup_arrive() {}
-inline void warpgroup_commit_batch() {}
+inline void warpgroup_commit_batch() { emulation::commit_group_mmas(); }
 template <int Pending>
 void warpgroup_wait() {
-  static_assert(Pending == 0, "the machine waits for all");
-  emulation::end_group_mmas();
+  emulation::end_group_mmas(Pending);
 }
 
 // ---- cp.async ----

@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <random>
@@ -112,12 +113,16 @@ class Machine {
   void begin_product(const std::function<void()>& product) {
     Warp& mine = warps_[fibers_.current() / kLanes];
     if (mine.products.empty() && draw(2) == 0) return product();
-    mine.products.push_back(product);
+    mine.products.push_back({product, mine.product_groups});
   }
-  void end_products() {
+  void commit_products() { ++warps_[fibers_.current() / kLanes].product_groups; }
+  // Of the groups that the warp has committed, all but the newest `pending` are done.
+  void end_products(int pending) {
     Warp& mine = warps_[fibers_.current() / kLanes];
-    for (const auto& product : mine.products) product();
-    mine.products.clear();
+    while (!mine.products.empty() && mine.products.front().group < mine.product_groups - pending) {
+      mine.products.front().act();
+      mine.products.pop_front();
+    }
   }
 
   // A shared-memory address, and what it names.
@@ -215,8 +220,13 @@ class Machine {
     int arrived = 0;
     std::array<void*, Threads> arguments;
   };
+  struct Product {
+    std::function<void()> act;
+    int group;
+  };
   struct Warp : Meeting<kLanes> {
-    std::vector<std::function<void()>> products;  // of wgmmas that are begun
+    std::deque<Product> products;  // of wgmmas that are begun
+    int product_groups = 0;        // committed
   };
   using Group = Meeting<kGroupThreads>;
   struct Barrier {

@@ -92,10 +92,14 @@ void begin_group_mma(GroupMmaTurn<Columns> mine) {
     machine()->begin_product([lanes] { multiply_quarter<Columns>(lanes); });
   });
 }
-inline void end_group_mmas() {
+inline void commit_group_mmas() {
   int nothing = 0;
-  machine()->meet("wgmma.wait_group", nothing,
-                  [](const Lanes<int>&) { machine()->end_products(); });
+  machine()->meet("wgmma.commit_group", nothing,
+                  [](const Lanes<int>&) { machine()->commit_products(); });
+}
+inline void end_group_mmas(int pending) {
+  machine()->meet("wgmma.wait_group", pending,
+                  [](const Lanes<int>& all) { machine()->end_products(*all[0]); });
 }
 
 // Four matrices of a warp, each transposed as it is stored; lane 8i + r has the address of row r of i.

@@ -57,8 +57,9 @@ class BulkLoader {
   // `is_zone`: of other warps' pieces, too.
   __device__ void wait(int stage, int phase, int, bool is_zone) {
     cute::wait_barrier(barriers_[stage], phase);
+    if (Threads::kWarps > 1 && !is_zone) return;
     cute::cp_async_wait<0>();  // every thread its pieces of zones
-    if (Threads::kWarps == 1 || is_zone) Threads::sync();
+    Threads::sync();
   }
 
  private:

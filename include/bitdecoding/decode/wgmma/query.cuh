@@ -75,9 +75,12 @@ __device__ void begin_channel_group(const Page& page, int warp, int lane,
   using Q = WarpColumns<S>;
   Query<Q> query;
   read_query<S>(storage, warp, lane, query.q);
+  ColumnTensor<Q> maximum;
 #pragma unroll
   for (int c = 0; c < Q::lane_columns; ++c) {
-    query.scale(c) = storage.scale[first_column<S>(warp) + Q::column(c, lane % 4)];
+    const int column = first_column<S>(warp) + Q::column(c, lane % 4);
+    query.scale(c) = storage.scale[column];
+    maximum(c) = storage.maximum[column];
   }
   ColumnTensor<Q> factor, bias;
   apply_channel_group<Q>(query, page.k_group_vectors(0), lane, factor, bias);
@@ -89,7 +92,7 @@ __device__ void begin_channel_group(const Page& page, int warp, int lane,
       storage.bias[column] = bias(c);
       float* map = column_map<S>(storage, warp * Q::n_tiles, c, lane);
       map[0] = factor(c);
-      map[2] = bias(c) + (kWeightExponent<S> - storage.maximum[column]);
+      map[2] = bias(c) + (kWeightExponent<S> - maximum(c));
     }
   }
 }

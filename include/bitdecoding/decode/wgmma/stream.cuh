@@ -95,7 +95,8 @@ class GroupStream {
   // The chunks of a packed item, both at once where they have the same Q'.
   __device__ void attend_packed(const ItemTokens& tokens, std::uint8_t* bytes) {
     bool new_group = tokens.flags & ItemTokens::new_group;
-    const bool one_query = S::page.k_axis == KAxis::token || !(tokens.flags & ItemTokens::later_groups);
+    const bool one_query =
+        S::page.k_axis == KAxis::token || !(tokens.flags & ItemTokens::later_groups);
     const int step = one_query ? 2 * kChunkTokens : kChunkTokens;
 #pragma unroll 1
     for (int token = 0; token < tokens.end; token += step) {
@@ -145,44 +146,48 @@ class GroupStream {
     Tokens tokens[Chunks];
     GroupTile<S> tSrS[Chunks];
     GroupSums<S> sums;
+    ValueWords<S> words[Chunks];
     // Where m must rise, scores are made once more: most chunks need them only once.
     for (bool rises = false;; rises = true) {
       FragmentA tSrK[S::tiles];
+      KWords<S> key_words;
+      load_words<S>(page(bytes, 0).k_units(0), lane_, warp_, key_words);
       bool overflows = false;
-#pragma unroll
-      for (int c = 0; c < Chunks; ++c) {
-        KWords<S> key_words;
-        load_words<S>(page(bytes, c).k_units(0), lane_, warp_, key_words);
-        begin_scores<S>(key_words, scaled_, tSrK, tSrS[c]);
-        tokens[c] = load_tokens(page(bytes, c), begin - c * kChunkTokens);
-        if (c > 0 && !rises) overflows |= weigh(tokens[c - 1], place + c - 1, c == 1, tSrS[c - 1], sums);
-        end_scores<S>(tokens[c].is_masked, begin, tSrS[c]);
+      begin_scores<S>(key_words, scaled_, tSrK, tSrS[0]);
+      load_words<S>(page(bytes, kLast).k_units(0), lane_, warp_, key_words);
+      tokens[0] = load_tokens(page(bytes, 0), begin);
+      end_scores<S>(tokens[0].is_masked, begin, tSrS[0]);
+      if constexpr (Chunks == 2) {
+        begin_scores<S>(key_words, scaled_, tSrK, tSrS[1]);
+        tokens[1] = load_tokens(page(bytes, 1), begin - kChunkTokens);
+        if (!rises) overflows |= weigh(tokens[0], place, true, tSrS[0], sums);
+        end_scores<S>(tokens[1].is_masked, begin, tSrS[1]);
       }
       if (rises) {
         raise_group_maximum<Chunks, S, Threads>(tokens, tSrS, warp_, lane_, storage_, output_);
         Threads::sync();
-#pragma unroll
-        for (int c = 0; c + 1 < Chunks; ++c) weigh(tokens[c], place + c, c == 0, tSrS[c], sums);
+        if (Chunks == 2) weigh(tokens[0], place, true, tSrS[0], sums);
       }
       overflows |= weigh(tokens[kLast], place + kLast, kLast == 0, tSrS[kLast], sums);
+#pragma unroll
+      for (int c = 0; c < Chunks; ++c) words[c] = ValueWords<S>(page(bytes, c), warp_, lane_);
       publish_operand();
       if (!Threads::any(overflows && !rises)) break;
     }
-    FragmentA tOrV[kChunkBlocks * GroupShape<S>::output_tiles];
+    ValuePipe<S> pipe;
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {
-      ValueWords<S>(page(bytes, c), warp_, lane_).fragments(tOrV);
-      begin_values<kChunkBlocks, S>(tOrV, weights_operand(place + c), output_);
+      pipe.begin(words[c], weights_operand(place + c), c, output_);
       if (c == 0) output_.sums.add(sums);
-      end_values<S>(output_);
     }
+    end_values<S>(output_);
   }
 
   // Scores to p and weights; see weigh_group.
   __device__ bool weigh(const Tokens& tokens, int place, bool is_first, GroupTile<S>& tSrS,
                         GroupSums<S>& sums) {
-    return weigh_group<S>(storage_, tokens.axis, tokens.v, lane_, is_first, tSrS, sums,
-                          storage_.weights[place] + weights_row_);
+    return weigh_group<S>(ColumnMaps<S>(storage_, lane_), tokens.axis, tokens.v, is_first, tSrS,
+                          sums, storage_.weights[place] + weights_row_);
   }
 
   // Of weights in one of their two places.
@@ -190,7 +195,7 @@ class GroupStream {
     using Storage = GroupStorage<S>;
     constexpr int kBytes = sizeof(storage_.weights[0]);
     constexpr int kFirst = offsetof(Storage, weights) - offsetof(Storage, scaled);
-    return {__shfl_sync(0xffffffffu, scaled_.low + ((kFirst + place * kBytes) >> 4), 0)};
+    return {scaled_.low + ((kFirst + place * kBytes) >> 4)};
   }
 
   __device__ void attend_zone(int end, std::uint8_t* bytes) {

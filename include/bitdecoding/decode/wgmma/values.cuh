@@ -29,7 +29,7 @@ template <Wgmma S>
 struct GroupOutput {
   GroupTile<S> tOrO[GroupShape<S>::output_tiles];
   GroupSums<S> sums;
-  bool is_true = false;                         // tOrO no longer carries the codes' powers of two
+  bool is_true = false;  // tOrO no longer carries the codes' powers of two
 
   __device__ void reset() {
 #pragma unroll
@@ -76,11 +76,29 @@ __device__ int weights_row(int warp, int lane) {
   return core_matrix<S>(lane >> 4, 2 * warp + (lane >> 3 & 1)) / 4 + (lane & 7) * 4;
 }
 
+// What a lane knows of its columns: see GroupStorage.
+template <Wgmma S>
+struct ColumnMaps {
+  static constexpr bool kPerToken = S::page.k_axis == KAxis::token;
+  float4 map[GroupShape<S>::n_tiles];
+  float2 query_sum[kPerToken ? GroupShape<S>::n_tiles : 1] = {};
+
+  __device__ ColumnMaps(const GroupStorage<S>& storage, int lane) {
+#pragma unroll
+    for (int n = 0; n < GroupShape<S>::n_tiles; ++n) {
+      map[n] = storage.maps[4 * n + (lane & 3)];
+      if constexpr (kPerToken) {
+        query_sum[n] = *reinterpret_cast<const float2*>(&storage.query_sum[8 * n + (lane & 3) * 2]);
+      }
+    }
+  }
+};
+
 // A chunk's raw sums to p, which join `sums` or, of the first chunk, are them, and to weights, from
 // the lane's row on: written, not yet published. Returns whether a p is too large.
 template <Wgmma S, class Axis>
-__device__ bool weigh_group(const GroupStorage<S>& storage, const Axis& axis, const TokenPair& v,
-                            int lane, bool is_first, GroupTile<S>& tSrS, GroupSums<S>& sums,
+__device__ bool weigh_group(const ColumnMaps<S>& maps, const Axis& axis, const TokenPair& v,
+                            bool is_first, GroupTile<S>& tSrS, GroupSums<S>& sums,
                             std::uint32_t* weights) {
   float top = 0.f;
 #pragma unroll
@@ -89,12 +107,8 @@ __device__ bool weigh_group(const GroupStorage<S>& storage, const Axis& axis, co
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float* s = tSrS.d + 4 * (n + i);
-      const float4 map = storage.maps[4 * (n + i) + (lane & 3)];
-      float2 query_sum{};
-      if constexpr (S::page.k_axis == KAxis::token) {
-        query_sum =
-            *reinterpret_cast<const float2*>(&storage.query_sum[8 * (n + i) + (lane & 3) * 2]);
-      }
+      const float4 map = maps.map[n + i];
+      const float2 query_sum = maps.query_sum[ColumnMaps<S>::kPerToken ? n + i : 0];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         s[2 * row] =
@@ -194,14 +208,43 @@ struct ValueWords {
       for (std::uint32_t& w : word) w >>= shift;
     }
   }
-  // Of (tile of the output, block), tiles fastest.
-  __device__ void fragments(FragmentA (&tOrV)[kChunkBlocks * GroupShape<S>::output_tiles]) const {
+  // Of tile i of the output.
+  __device__ FragmentA fragment(int i, int block) const {
+    const int column = i / S::V::tiles_per_word;
+    return v_halves<S::page.v_bits>(word[block * S::V::v_part_words + column],
+                                    i % S::V::tiles_per_word);
+  }
+};
+
+// O^T += V^T P'^T of chunks, begun in two halves, as ScorePipe does.
+template <Wgmma S>
+struct ValuePipe {
+  static constexpr int kTiles = GroupShape<S>::output_tiles;
+  static constexpr int kBlocks = kChunkBlocks / 2;
+  static constexpr int kSets = S::columns == 32 ? 2 : 4;
+  FragmentA tOrV[kSets][kBlocks * kTiles];
+
+  __device__ void begin(const ValueWords<S>& words, OperandB weights, int chunk,
+                        GroupOutput<S>& output) {
+    if (chunk == 0) fence<S>(output.tOrO);
+    cute::warpgroup_fence_operand(weights.low);  // descriptors are made here, not in front of loops
 #pragma unroll
-    for (int i = 0; i < kChunkBlocks * GroupShape<S>::output_tiles; ++i) {
-      const int tile = i % GroupShape<S>::output_tiles, block = i / GroupShape<S>::output_tiles;
-      const int column = tile / S::V::tiles_per_word;
-      tOrV[i] = v_halves<S::page.v_bits>(word[block * S::V::v_part_words + column],
-                                         tile % S::V::tiles_per_word);
+    for (int half = 0; half < 2; ++half) {
+      const int turn = 2 * chunk + half;
+      if (turn >= kSets) cute::warpgroup_wait<kSets - 1>();
+      FragmentA(&a)[kBlocks * kTiles] = tOrV[turn % kSets];
+#pragma unroll
+      for (int i = 0; i < kBlocks * kTiles; ++i) {
+        a[i] = words.fragment(i % kTiles, half * kBlocks + i / kTiles);
+      }
+      fence(a);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int i = 0; i < kBlocks * kTiles; ++i) {
+        multiply_group<S>(output.tOrO[i % kTiles], a[i],
+                          descriptor_b<S>(weights, half * kBlocks + i / kTiles), true);
+      }
+      cute::warpgroup_commit_batch();
     }
   }
 };
