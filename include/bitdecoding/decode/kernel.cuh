@@ -158,8 +158,16 @@ class DecodeCta {
     for (;;) {
       const ItemTokens tokens = ring.tokens();
       ring.wait(tokens);
-      ring.load_next();
-      stream.attend(tokens, ring.bytes());
+      if constexpr (Wgmma<S>) {
+        const bool is_plain = ring.next_is_plain();
+        if (!is_plain) ring.load_any();
+        stream.attend(tokens, ring.bytes(), [&] {
+          if (is_plain) ring.load_plain();
+        });
+      } else {
+        ring.load_next();
+        stream.attend(tokens, ring.bytes());
+      }
       if (tokens.flags & ItemTokens::last) {
         Threads::sync();
         const bool is_last = ring.is_last();

@@ -108,14 +108,27 @@ class Ring {
 
   // Loads one more item; call after wait(), when all threads are past the previous item.
   __device__ void load_next() {
-    if (plain_items_ > 0) {
+    if (next_is_plain()) {
       load_plain();
     } else {
-      ItemCursor cursor = make_cursor();
-      cursor.load(storage_.cursor.state);
-      load(cursor);
-      look_ahead(cursor);
+      load_any();
     }
+  }
+  // The same in two parts: plain items are loaded in a few instructions.
+  __device__ bool next_is_plain() const { return plain_items_ > 0; }
+  __device__ void load_any() {
+    ItemCursor cursor = make_cursor();
+    cursor.load(storage_.cursor.state);
+    load(cursor);
+    look_ahead(cursor);
+    loader_.commit();
+  }
+  __device__ void load_plain() {
+    const auto end = static_cast<std::int16_t>(storage_.batch.item_tokens);
+    const PackedRun run{plain_item_, storage_.cursor.state.kv_head};
+    load_packed(free_stage(), run, {0, end, 0}, false);
+    --plain_items_;
+    ++plain_item_;
     loader_.commit();
   }
 
@@ -161,14 +174,6 @@ class Ring {
       cursor.skip(plain_items_);
     }
     cursor.save(storage_.cursor.state);
-  }
-
-  __device__ void load_plain() {
-    const auto end = static_cast<std::int16_t>(storage_.batch.item_tokens);
-    const PackedRun run{plain_item_, storage_.cursor.state.kv_head};
-    load_packed(free_stage(), run, {0, end, 0}, false);
-    --plain_items_;
-    ++plain_item_;
   }
 
   // The warp's first item may lack the parameters of a group that begins in the chunk before.

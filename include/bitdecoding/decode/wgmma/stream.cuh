@@ -41,15 +41,20 @@ class GroupStream {
     Threads::sync();  // the last segment's partial is read
     begin_queries<S>(bits, a_.problem, Threads::warp(), arch::lane_id(), storage_);
     publish_operand();
+    storage_.is_true[Threads::warp()] = 0;
     Threads::sync();
     output_.reset();
   }
 
-  __device__ void attend(const ItemTokens& tokens, std::uint8_t* bytes) {
+  // `meanwhile`: is done once, beside the products.
+  template <class Meanwhile>
+  __device__ void attend(const ItemTokens& tokens, std::uint8_t* bytes,
+                         const Meanwhile& meanwhile) {
     if (tokens.flags & ItemTokens::zone) {
+      meanwhile();
       attend_zone(tokens.end, bytes);
     } else {
-      attend_packed(tokens, bytes);
+      attend_packed(tokens, bytes, meanwhile);
     }
   }
 
@@ -57,7 +62,7 @@ class GroupStream {
   __device__ void store(Partial<S>& partial) {
     const int lane = arch::lane_id(), warp = Threads::warp();
     const auto column = [&](int c) { return c / 2 * 8 + lane % 4 * 2 + c % 2; };
-    output_.make_true();
+    make_true();
 #pragma unroll
     for (int c = 0; c < GroupShape<S>::lane_columns; ++c) {
       const float sum = sum_of_rows(output_.sums.p[c]);
@@ -93,7 +98,9 @@ class GroupStream {
   }
 
   // The chunks of a packed item, both at once where they have the same Q'.
-  __device__ void attend_packed(const ItemTokens& tokens, std::uint8_t* bytes) {
+  template <class Meanwhile>
+  __device__ void attend_packed(const ItemTokens& tokens, std::uint8_t* bytes,
+                                const Meanwhile& meanwhile) {
     bool new_group = tokens.flags & ItemTokens::new_group;
     const bool one_query =
         S::page.k_axis == KAxis::token || !(tokens.flags & ItemTokens::later_groups);
@@ -106,9 +113,11 @@ class GroupStream {
         Threads::sync();
       }
       if (tokens.end - token >= 2 * kChunkTokens && one_query) {
-        attend_chunks<2>(bytes, tokens.begin, 0);
+        attend_chunks<2>(bytes, tokens.begin, 0, meanwhile);
       } else {
-        attend_chunks<1>(bytes, tokens.begin - token, token / kChunkTokens);
+        attend_chunks<1>(bytes, tokens.begin - token, token / kChunkTokens, [&] {
+          if (token == 0) meanwhile();
+        });
       }
       new_group = tokens.flags & ItemTokens::later_groups;
       bytes += a_.record.chunk_stride();
@@ -140,13 +149,14 @@ class GroupStream {
 
   // Tokens before `begin` (of the first chunk) are not attended to. Scores of the second chunk are
   // under way while the first one's become weights.
-  template <int Chunks>
-  __device__ void attend_chunks(std::uint8_t* bytes, int begin, int place) {
+  template <int Chunks, class Meanwhile>
+  __device__ void attend_chunks(std::uint8_t* bytes, int begin, int place,
+                                const Meanwhile& meanwhile) {
     constexpr int kLast = Chunks - 1;
     Tokens tokens[Chunks];
     GroupTile<S> tSrS[Chunks];
-    GroupSums<S> sums;
     ValueWords<S> words[Chunks];
+    output_.sums.save(storage_, Threads::thread());
     // Where m must rise, scores are made once more: most chunks need them only once.
     for (bool rises = false;; rises = true) {
       FragmentA tSrK[S::tiles];
@@ -156,19 +166,21 @@ class GroupStream {
       begin_scores<S>(key_words, scaled_, tSrK, tSrS[0]);
       load_words<S>(page(bytes, kLast).k_units(0), lane_, warp_, key_words);
       tokens[0] = load_tokens(page(bytes, 0), begin);
+      if (!rises) meanwhile();
       end_scores<S>(tokens[0].is_masked, begin, tSrS[0]);
       if constexpr (Chunks == 2) {
         begin_scores<S>(key_words, scaled_, tSrK, tSrS[1]);
+        if (!rises) overflows |= weigh(tokens[0], place, tSrS[0]);
         tokens[1] = load_tokens(page(bytes, 1), begin - kChunkTokens);
-        if (!rises) overflows |= weigh(tokens[0], place, true, tSrS[0], sums);
         end_scores<S>(tokens[1].is_masked, begin, tSrS[1]);
       }
       if (rises) {
+        output_.sums.restore(storage_, Threads::thread());
         raise_group_maximum<Chunks, S, Threads>(tokens, tSrS, warp_, lane_, storage_, output_);
         Threads::sync();
-        if (Chunks == 2) weigh(tokens[0], place, true, tSrS[0], sums);
+        if (Chunks == 2) weigh(tokens[0], place, tSrS[0]);
       }
-      overflows |= weigh(tokens[kLast], place + kLast, kLast == 0, tSrS[kLast], sums);
+      overflows |= weigh(tokens[kLast], place + kLast, tSrS[kLast]);
 #pragma unroll
       for (int c = 0; c < Chunks; ++c) words[c] = ValueWords<S>(page(bytes, c), warp_, lane_);
       publish_operand();
@@ -178,16 +190,14 @@ class GroupStream {
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {
       pipe.begin(words[c], weights_operand(place + c), c, output_);
-      if (c == 0) output_.sums.add(sums);
     }
     end_values<S>(output_);
   }
 
   // Scores to p and weights; see weigh_group.
-  __device__ bool weigh(const Tokens& tokens, int place, bool is_first, GroupTile<S>& tSrS,
-                        GroupSums<S>& sums) {
-    return weigh_group<S>(ColumnMaps<S>(storage_, lane_), tokens.axis, tokens.v, is_first, tSrS,
-                          sums, storage_.weights[place] + weights_row_);
+  __device__ bool weigh(const Tokens& tokens, int place, GroupTile<S>& tSrS) {
+    return weigh_group<S>(storage_, tokens.axis, tokens.v, lane_, tSrS, output_.sums,
+                          storage_.weights[place] + weights_row_);
   }
 
   // Of weights in one of their two places.
@@ -198,9 +208,18 @@ class GroupStream {
     return {scaled_.low + ((kFirst + place * kBytes) >> 4)};
   }
 
+  __device__ void make_true() {
+    int& is_true = storage_.is_true[Threads::warp()];
+    if (is_true != 0) return;
+    output_.make_true();
+    __syncwarp();  // all lanes have read it
+    is_true = 1;
+    __syncwarp();
+  }
+
   __device__ void attend_zone(int end, std::uint8_t* bytes) {
     const int lane = arch::lane_id(), warp = Threads::warp();
-    output_.make_true();
+    make_true();
     ColumnTensor<Q> sums;
     weigh_zone<S>(bytes, end, warp, lane, storage_.weights[0], storage_, sums);
     publish_operand();

@@ -13,14 +13,24 @@ namespace bitdecoding::decode {
 // Of a lane's tokens.
 template <Wgmma S>
 struct GroupSums {
+  static constexpr int kFours = GroupShape<S>::lane_columns / 4;
   float p[GroupShape<S>::lane_columns];
   float zero[GroupShape<S>::lane_columns];  // of p * zero
 
-  __device__ void add(const GroupSums& other) {
+  // A copy in shared memory, for when a chunk's weights turn out too large.
+  __device__ void save(GroupStorage<S>& storage, int thread) const {
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) {
+      storage.sums[i][thread] = {p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]};
+      storage.sums[kFours + i][thread] = {zero[4 * i], zero[4 * i + 1], zero[4 * i + 2],
+                                          zero[4 * i + 3]};
+    }
+  }
+  __device__ void restore(const GroupStorage<S>& storage, int thread) {
 #pragma unroll
     for (int c = 0; c < GroupShape<S>::lane_columns; ++c) {
-      p[c] += other.p[c];
-      zero[c] += other.zero[c];
+      p[c] = reinterpret_cast<const float*>(&storage.sums[c / 4][thread])[c % 4];
+      zero[c] = reinterpret_cast<const float*>(&storage.sums[kFours + c / 4][thread])[c % 4];
     }
   }
 };
@@ -29,7 +39,6 @@ template <Wgmma S>
 struct GroupOutput {
   GroupTile<S> tOrO[GroupShape<S>::output_tiles];
   GroupSums<S> sums;
-  bool is_true = false;  // tOrO no longer carries the codes' powers of two
 
   __device__ void reset() {
 #pragma unroll
@@ -39,7 +48,6 @@ struct GroupOutput {
     }
 #pragma unroll
     for (int c = 0; c < GroupShape<S>::lane_columns; ++c) sums.p[c] = sums.zero[c] = 0.f;
-    is_true = false;
   }
   __device__ void rescale(int c, float factor) {
 #pragma unroll
@@ -50,9 +58,8 @@ struct GroupOutput {
     sums.p[c] *= factor;
     sums.zero[c] *= factor;
   }
+  // Takes the codes' powers of two from tOrO.
   __device__ void make_true() {
-    if (is_true) return;
-    is_true = true;
 #pragma unroll
     for (int i = 0; i < GroupShape<S>::output_tiles; ++i) {
 #pragma unroll
@@ -76,39 +83,45 @@ __device__ int weights_row(int warp, int lane) {
   return core_matrix<S>(lane >> 4, 2 * warp + (lane >> 3 & 1)) / 4 + (lane & 7) * 4;
 }
 
-// What a lane knows of its columns: see GroupStorage.
+// What a lane knows of its columns of four tiles: see GroupStorage.
 template <Wgmma S>
 struct ColumnMaps {
+  static constexpr int kTiles = 4;
   static constexpr bool kPerToken = S::page.k_axis == KAxis::token;
-  float4 map[GroupShape<S>::n_tiles];
-  float2 query_sum[kPerToken ? GroupShape<S>::n_tiles : 1] = {};
+  float4 map[kTiles];
+  float2 query_sum[kTiles] = {};
 
-  __device__ ColumnMaps(const GroupStorage<S>& storage, int lane) {
+  ColumnMaps() = default;
+  __device__ ColumnMaps(const GroupStorage<S>& storage, int first, int lane) {
 #pragma unroll
-    for (int n = 0; n < GroupShape<S>::n_tiles; ++n) {
-      map[n] = storage.maps[4 * n + (lane & 3)];
+    for (int n = 0; n < kTiles; ++n) {
+      map[n] = storage.maps[4 * (first + n) + (lane & 3)];
       if constexpr (kPerToken) {
-        query_sum[n] = *reinterpret_cast<const float2*>(&storage.query_sum[8 * n + (lane & 3) * 2]);
+        const float* sums = &storage.query_sum[8 * (first + n) + (lane & 3) * 2];
+        query_sum[n] = *reinterpret_cast<const float2*>(sums);
       }
     }
   }
 };
 
-// A chunk's raw sums to p, which join `sums` or, of the first chunk, are them, and to weights, from
-// the lane's row on: written, not yet published. Returns whether a p is too large.
+// A chunk's raw sums to p, which join `sums`, and to weights, from the lane's row on: written, not yet
+// published. Returns whether a p is too large.
 template <Wgmma S, class Axis>
-__device__ bool weigh_group(const ColumnMaps<S>& maps, const Axis& axis, const TokenPair& v,
-                            bool is_first, GroupTile<S>& tSrS, GroupSums<S>& sums,
+__device__ bool weigh_group(const GroupStorage<S>& storage, const Axis& axis, const TokenPair& v,
+                            int lane, GroupTile<S>& tSrS, GroupSums<S>& sums,
                             std::uint32_t* weights) {
   float top = 0.f;
+  ColumnMaps<S> maps;
 #pragma unroll
   for (int n = 0; n < GroupShape<S>::n_tiles; n += 2) {
+    constexpr int kMapTiles = ColumnMaps<S>::kTiles;
+    if (n % kMapTiles == 0) maps = ColumnMaps<S>(storage, n, lane);
     std::uint32_t pairs[4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float* s = tSrS.d + 4 * (n + i);
-      const float4 map = maps.map[n + i];
-      const float2 query_sum = maps.query_sum[ColumnMaps<S>::kPerToken ? n + i : 0];
+      const float4 map = maps.map[(n + i) % kMapTiles];
+      const float2 query_sum = maps.query_sum[(n + i) % kMapTiles];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         s[2 * row] =
@@ -123,9 +136,8 @@ __device__ bool weigh_group(const ColumnMaps<S>& maps, const Axis& axis, const T
         const int c = 2 * (n + i) + e;
         const float sum = s[e] + s[2 + e];
         top = fmaxf(top, sum);
-        sums.p[c] = is_first ? sum : sums.p[c] + sum;
-        const float zero = is_first ? 0.f : sums.zero[c];
-        sums.zero[c] = s[e] * v.zero[0] + (s[2 + e] * v.zero[1] + zero);
+        sums.p[c] += sum;
+        sums.zero[c] = s[e] * v.zero[0] + (s[2 + e] * v.zero[1] + sums.zero[c]);
       }
     }
     cute::SM90_U16x8_STSM_T::copy(
