@@ -103,7 +103,8 @@ struct CursorStorage {
 
 // Packed items of one segment, one after the other.
 struct PackedRun {
-  int index = 0;  // of the first among the items whose page ids are at hand
+  int index = 0;        // of the first in the sequence
+  int pages_begin = 0;  // see CursorState
   int kv_head = 0;
 };
 
@@ -176,9 +177,7 @@ class ItemCursor {
     if (static_cast<unsigned>(page - s_.pages_begin) >= kPageIds) load_page_ids(page);
   }
   // Where the item and those behind it are.
-  __device__ PackedRun packed_run() const {
-    return {packed_item() - (s_.pages_begin << page_log2_), s_.kv_head};
-  }
+  __device__ PackedRun packed_run() const { return {packed_item(), s_.pages_begin, s_.kv_head}; }
 
   // ---- 16-bit items ----
   // First row of the tile in the sequence's slot.

@@ -125,10 +125,9 @@ class Ring {
   }
   __device__ void load_plain() {
     const auto end = static_cast<std::int16_t>(storage_.batch.item_tokens);
-    const PackedRun run{plain_item_, storage_.cursor.state.kv_head};
-    load_packed(free_stage(), run, {0, end, 0}, false);
+    load_packed(free_stage(), plain_, {0, end, 0}, false);
     --plain_items_;
-    ++plain_item_;
+    ++plain_.index;
     loader_.commit();
   }
 
@@ -170,7 +169,7 @@ class Ring {
   __device__ void look_ahead(ItemCursor& cursor) {
     plain_items_ = cursor.plain_items();
     if (plain_items_ > 0) {
-      plain_item_ = cursor.packed_run().index;
+      plain_ = cursor.packed_run();
       cursor.skip(plain_items_);
     }
     cursor.save(storage_.cursor.state);
@@ -181,7 +180,7 @@ class Ring {
     const int page_log2 = storage_.batch.item_tokens < a_.record.format().page_tokens;
     const int second = run.index & page_log2;  // of the page's two items
     const PackedBytes& piece = a_.packed[page_log2 + second];
-    int id = storage_.cursor.page_ids[run.index >> page_log2];
+    int id = storage_.cursor.page_ids[(run.index >> page_log2) - run.pages_begin];
     tokens.flags |= piece.flags;
     if (id < 0) {
       id = 0;
@@ -227,7 +226,7 @@ class Ring {
   int held_ = 0;
   int stage_ = 0, phase_ = 0;
   int plain_items_ = 0;
-  int plain_item_ = 0;  // index of the next of them
+  PackedRun plain_;  // of the next plain item
 };
 
 }  // namespace bitdecoding::decode
