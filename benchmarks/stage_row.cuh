@@ -11,7 +11,7 @@ namespace bitdecoding::bench {
 using layout::PageConfig;
 
 template <class Row, template <DecodeConfig, class> class StreamOf>
-__global__ void __launch_bounds__(kMaxWarps<Row::config> * 32, 1)
+__global__ void __launch_bounds__(max_warps(Row::config) * 32, 1)
     decode_stage(const __grid_constant__ DecodeArguments arguments) {
   extern __shared__ __align__(128) std::uint8_t smem[];
   DecodeCta<Row::config, StreamOf>(arguments, smem).run();

@@ -16,20 +16,21 @@ template <DecodeConfig Config, class Groups>
 class CopyOnly {
  public:
   using S = Shape<Config>;
+  using QueryBits = decode::QueryBits<S>;
 
   __device__ CopyOnly(const DecodeArguments& a, const Groups& groups, int)
       : a_(a), groups_(groups) {}
 
-  __device__ QueryBits<S> load_query(int, int) const { return {}; }
-  __device__ void begin_segment(const QueryBits<S>&) {
+  __device__ QueryBits load_query(int, int) const { return {}; }
+  __device__ void begin_segment(const QueryBits&) {
     softmax_.reset();
     output_.reset();
   }
   __device__ void attend(const ItemTokens&, std::uint8_t*) {}
 
-  __device__ Output<S, Groups>& output() { return output_; }
-  __device__ const Softmax<S>& softmax() const { return softmax_; }
-  __device__ const Groups& groups() const { return groups_; }
+  __device__ void store(Partial<S>& partial) {
+    store_partial<S>(output_, softmax_, groups_, arch::lane_id(), partial);
+  }
 
  protected:
   using Page = layout::PackedKvPage<S::page, std::uint8_t>;
@@ -127,9 +128,9 @@ class CopyAndUnpack : public CopyOnly<Config, Groups> {
     }
   }
 
-  __device__ Output<S, Groups>& output() {
+  __device__ void store(Partial<S>& partial) {
     this->output_.tOrO(0) = fold_.value();
-    return this->output_;
+    CopyOnly<Config, Groups>::store(partial);
   }
 
  private:
@@ -248,10 +249,12 @@ class WithoutSoftmax : public CopyOnly<Config, Groups> {
   __device__ WithoutSoftmax(const DecodeArguments& a, const Groups& groups, int lane)
       : CopyOnly<Config, Groups>(a, groups, lane), full_(a, groups, lane), lane_(lane) {}
 
-  __device__ QueryBits<S> load_query(int sequence, int head) const {
+  using QueryBits = decode::QueryBits<S>;
+
+  __device__ QueryBits load_query(int sequence, int head) const {
     return full_.load_query(sequence, head);
   }
-  __device__ void begin_segment(const QueryBits<S>& bits) {
+  __device__ void begin_segment(const QueryBits& bits) {
     CopyOnly<Config, Groups>::begin_segment(bits);
     const DecodeProblem& p = this->a_.problem;
     set_query<S>(query_.q, query_.scale, bits, p.type, p.softmax_scale, arch::lane_id());

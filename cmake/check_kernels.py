@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiler launcher that fails a unit in which a kernel is over its limits in the kernel table.
+"""Compiler launcher that fails a unit in which a kernel is over its limits in the kernel table, or
+has wgmmas that wait for each other.
 
 check_kernels.py COMPILER ... -c UNIT.cu -o OBJECT, where UNIT.limits beside the unit has a line per
 row: name, registers and bytes of stack of a thread, bytes of static shared memory. They are limits
@@ -20,6 +21,7 @@ USED = re.compile(r"Used (\d+) registers")  # the line that ends a kernel's repo
 STACK = re.compile(r"(\d+) bytes cumulative stack")
 SHARED = re.compile(r"(\d+) bytes smem")
 SPILLS = re.compile(r"bytes stack frame, (\d+ bytes spill stores, \d+ bytes spill loads)")
+SERIALIZED = re.compile(r"Potential Performance Loss: (.*) in the function '(\S+)'")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ def faults(reports: list[Report], limits: dict[str, Usage]) -> list[str]:
     return found + [f"{row}: ptxas reported no such kernel" for row in sorted(unseen)]
 
 
+def serialized(output: str) -> list[str]:
+    """Kernels whose wgmmas ptxas has made to wait for each other, and why."""
+    return sorted({f"{symbol}: {why}" for why, symbol in SERIALIZED.findall(output)})
+
+
 def main() -> int:
     command = sys.argv[1:]
     compiled = subprocess.run(
@@ -101,6 +108,7 @@ def main() -> int:
         return compiled.returncode
     unit, output = (Path(command[command.index(option) + 1]) for option in ("-c", "-o"))
     wrong = faults(reports, read_limits(unit.with_suffix(".limits")))
+    wrong += serialized(compiled.stderr)
     for text in wrong:
         print(f"error: kernel table (src/kernels.cmake): {text}", file=sys.stderr)
     if wrong:

@@ -13,10 +13,10 @@ namespace {
 
 using decode::DecodePlan;
 
-const DecodeRow* find_row(const layout::PageConfig& page, const char* name) {
+const DecodeRow* find_row(const KvFormat& format, const char* name) {
   for (const auto& unit : decode_rows()) {
     for (const DecodeRow& row : unit) {
-      if (row.config.page == page && std::strcmp(row.name, name) == 0) return &row;
+      if (decode::serves(row.config, format) && std::strcmp(row.name, name) == 0) return &row;
     }
   }
   return nullptr;
@@ -55,8 +55,7 @@ Status choose_decode_kernel(const KvFormat& format, int columns, int compute_cap
     return invalid_argument("compute capability = ", compute_capability, "; allowed: 80 or more");
   }
   const decode::Arch arch = decode::arch_of(compute_capability);
-  const DecodeRow* row =
-      decode::choose_decode_row(decode_rows(), arch, layout::page_config(format), columns);
+  const DecodeRow* row = decode::choose_decode_row(decode_rows(), arch, format, columns);
   if (row == nullptr) {
     return no_kernel(wanted(format, columns, nullptr) +
                      ", compute capability = " + std::to_string(compute_capability));
@@ -78,7 +77,7 @@ Status plan_decode(const KvFormat& format, int columns, const char* kernel,
     Status status = choose_decode_kernel(format, columns, capability, &kernel);
     if (!status.is_ok()) return status;
   }
-  const DecodeRow* row = find_row(layout::page_config(format), kernel);
+  const DecodeRow* row = find_row(format, kernel);
   if (row == nullptr) return no_kernel(wanted(format, columns, kernel));
   const cudaError_t error = row->plan(format, plan);
   plan->kernel = row->name;

@@ -22,6 +22,7 @@
 
 #include "machine.hpp"
 #include "warp_operations.hpp"
+#include "warpgroup_operations.hpp"
 
 #define __launch_bounds__(...)  // an attribute: nothing that could be declared
 
@@ -193,6 +194,54 @@ struct LoadMatrices {
 };
 using SM75_U32x4_LDSM_N = LoadMatrices<false>;
 using SM75_U16x8_LDSM_T = LoadMatrices<true>;
+
+struct SM90_U16x8_STSM_T {
+  static void copy(std::uint32_t a, std::uint32_t b, std::uint32_t c, std::uint32_t d,
+                   uint128_t& row) {
+    emulation::store_matrices_transposed(&row, {a, b, c, d});
+  }
+};
+
+// ---- products of a warpgroup ----
+namespace SM90::GMMA {
+using namespace ::cute::SM90::GMMA;
+
+template <int Columns>
+struct MultiplyGroup {
+  // `rest`: Columns / 2 accumulators, and whether they are added to.
+  template <class... Rest>
+  static void fma(std::uint32_t a0, std::uint32_t a1, std::uint32_t a2, std::uint32_t a3,
+                  std::uint64_t b, Rest&&... rest) {
+    static_assert(sizeof...(rest) == Columns / 2 + 1);
+    emulation::GroupMmaTurn<Columns> mine{{a0, a1, a2, a3}, b, {}, false};
+    int count = 0;
+    const auto take = [&](auto& argument) {
+      if constexpr (std::is_same_v<std::remove_cvref_t<decltype(argument)>, float>) {
+        mine.d[count++] = &argument;
+      } else {
+        mine.adds = argument == ScaleOut::One;
+      }
+    };
+    (take(rest), ...);
+    emulation::begin_group_mma(mine);
+  }
+};
+template <Major A, Major B>
+using MMA_64x32x16_F32F16F16_RS = MultiplyGroup<32>;
+template <Major A, Major B>
+using MMA_64x64x16_F32F16F16_RS = MultiplyGroup<64>;
+}  // namespace SM90::GMMA
+inline unsigned cast_smem_ptr_to_uint(const void* address) {
+  return emulation::machine()->shared_address(address);
+}
+template <class Register>
+void warpgroup_fence_operand(Register&) {}
+inline void warpgroup_arrive() {}
+inline void warpgroup_commit_batch() { emulation::commit_group_mmas(); }
+template <int Pending>
+void warpgroup_wait() {
+  emulation::end_group_mmas(Pending);
+}
 
 // ---- cp.async ----
 template <class Piece>

@@ -12,8 +12,8 @@
 #include <span>
 #include <vector>
 
+#include "bitdecoding/decode/choice.hpp"
 #include "bitdecoding/decode/decode_plan.hpp"
-#include "bitdecoding/decode/groups.hpp"
 #include "bitdecoding/run.hpp"
 #include "cpu/cache_box.hpp"
 #include "legal_formats.hpp"
@@ -89,13 +89,21 @@ inline std::vector<std::int32_t> draw_lengths(Batch batch, Draw& draw) {
   return lengths;
 }
 
-inline KvFormat draw_format(const layout::PageConfig& page, Draw& draw) {
+inline KvFormat draw_format(const decode::DecodeConfig& config, Draw& draw) {
   std::vector<KvFormat> formats = legal_formats();
-  const bool whole_groups = draw.one_in(2);  // kernels have code of their own for them
+  // Kernels have code of their own for them, or no other.
+  const bool whole_groups = config.product() == decode::Product::wgmma || draw.one_in(2);
   std::erase_if(formats, [&](const KvFormat& f) {
-    return !(layout::page_config(f) == page) || decode::has_whole_groups(f) != whole_groups;
+    return !decode::serves(config, f) || decode::has_whole_groups(f) != whole_groups;
   });
   return draw.one_of(formats);
+}
+
+// Warps of a CTA: streams of one or four.
+inline int draw_warps(const decode::DecodeConfig& config, int first, Draw& draw) {
+  const int of_stream = decode::stream_warps(config);
+  return draw.between((first + of_stream - 1) / of_stream, decode::max_warps(config) / of_stream) *
+         of_stream;
 }
 
 // The grid, and items of pages or chunks.
@@ -104,28 +112,29 @@ inline void draw_launch(const decode::DecodeConfig& config, Batch batch, Draw& d
   c.stages = draw.between(2, 4);
   if (batch == Batch::one_for_many_ctas) {  // more partials of a segment than are merged at once
     c.ctas = draw.between(21, 30);
-    c.warps = draw.between(1, 2);
+    c.warps = draw.between(1, 2) * decode::stream_warps(config);
   } else if (batch == Batch::two_for_many_ctas) {
     // At head_dim 128, a CTA that has two segments merges four columns at a time, the others one:
     // whichever is last merges a segment's partials, and must come to the same bits.
     c.in_steps = false;  // sums that are rounded
     c.ctas = draw.between(12, 16);
     c.late_ctas = c.ctas;
-    c.warps = draw.between(3, config.query_columns <= 8 ? 12 : 8);
+    c.warps = draw_warps(config, 3, draw);
     c.group = draw.between(c.warps / 2 + 1, c.warps);
   } else if (draw.one_in(2)) {  // only warps that get many chunks take pages
     c.packed_chunks = c.format.chunks();
     c.ctas = draw.between(1, 2);
-    c.warps = draw.between(1, 4);
+    c.warps = draw.between(1, 4) * decode::stream_warps(config);
+    c.warps = std::min(c.warps, 8);
   } else {
     c.ctas = draw.between(1, 6);
-    c.warps = draw.one_in(2) ? 4 : draw.between(1, config.query_columns <= 8 ? 12 : 8);
+    c.warps = draw.one_in(2) ? 4 : draw_warps(config, 1, draw);
   }
 }
 
 inline DecodeCase draw_case(const decode::DecodeConfig& config, Batch batch, Draw& draw) {
   DecodeCase c;
-  c.format = draw_format(config.page, draw);
+  c.format = draw_format(config, draw);
   c.lengths = draw_lengths(batch, draw);
   c.shape.batch = static_cast<int>(c.lengths.size());
   c.shape.max_tokens = *std::max_element(c.lengths.begin(), c.lengths.end());
@@ -137,7 +146,7 @@ inline DecodeCase draw_case(const decode::DecodeConfig& config, Batch batch, Dra
     c.group = draw.between(1, 8);
   } else {
     c.shape.heads = draw.between(1, 3);
-    c.group = draw.between(1, 12);
+    c.group = draw.between(1, config.product() == decode::Product::wgmma ? 40 : 12);
     if (draw.one_in(3)) c.query_tokens = draw.between(2, 3);
   }
   if (draw.one_in(4)) c.type = ElementType::bf16;

@@ -106,11 +106,12 @@ decode::DecodePlan plan(const DecodeCase& c) {
   const int packed_bytes = layout::PageRecord(c.format).chunk(c.packed_chunks);
   plan.stage_bytes =
       layout::round_up(std::max(packed_bytes, decode::kLeastStageBytes<Row::config>), 128);
-  plan.smem_bytes =
-      static_cast<int>(c.warps * (c.stages * plan.stage_bytes + sizeof(decode::WarpStorage)) +
-                       sizeof(decode::CtaStorage));
+  const int streams = c.warps / decode::stream_warps(Row::config);
+  plan.smem_bytes = static_cast<int>(
+      streams * (c.stages * plan.stage_bytes + decode::stream_storage_bytes<Row::config>()) +
+      c.warps * sizeof(decode::WarpStorage) + sizeof(decode::CtaStorage));
   plan.workspace_bytes =
-      decode::kCounterBytes + static_cast<std::size_t>(c.ctas * (c.warps + 2)) * sizeof(Partial);
+      decode::kCounterBytes + static_cast<std::size_t>(c.ctas * (streams + 2)) * sizeof(Partial);
   return plan;
 }
 
@@ -306,6 +307,19 @@ TEST_CASE("sm80, 4/2 bits per channel, head_dim 64, 4 columns") {
 }
 TEST_CASE("sm80, 2/4 bits per token, head_dim 128, 4 columns") {
   check_batches<Row<kSm80, 2, 4, kToken, 128, 4>>();
+}
+
+TEST_CASE("sm90, 4/4 bits per channel, head_dim 128, 32 columns") {
+  check_batches<Row<kSm90, 4, 4, kChannel, 128, 32>>();
+}
+TEST_CASE("sm90, 2/2 bits per token, head_dim 128, 64 columns") {
+  check_batches<Row<kSm90, 2, 2, kToken, 128, 64>>();
+}
+TEST_CASE("sm90, 4/2 bits per token, head_dim 64, 32 columns") {
+  check_batches<Row<kSm90, 4, 2, kToken, 64, 32>>();
+}
+TEST_CASE("sm90, 2/4 bits per channel, head_dim 64, 64 columns") {
+  check_batches<Row<kSm90, 2, 4, kChannel, 64, 64>>();
 }
 
 TEST_CASE("more than 1024 sequences") {

@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <random>
@@ -20,6 +21,7 @@
 namespace bitdecoding::emulation {
 
 inline constexpr int kLanes = 32;
+inline constexpr int kGroupThreads = 4 * kLanes;  // of a warpgroup
 
 // When copies land that nobody waits for yet.
 enum class Landing { at_once, at_any_time, when_awaited };
@@ -58,6 +60,7 @@ class Machine {
         random_(random),
         fibers_(grid.ctas * grid.threads, random),
         warps_(grid.ctas * grid.threads / kLanes),
+        groups_((grid.ctas * grid.threads + kGroupThreads - 1) / kGroupThreads),
         threads_(grid.ctas * grid.threads) {
     for (int cta = 0; cta < grid.ctas; ++cta) ctas_.emplace_back(grid.shared_bytes);
   }
@@ -73,6 +76,9 @@ class Machine {
         late_cta_ < 0 ? std::pair(0, 0)
                       : std::pair(late_cta_ * grid_.threads, (late_cta_ + 1) * grid_.threads));
     require(bulk_copies_.empty(), "the grid ends before its bulk copies have landed");
+    for (const Warp& warp : warps_) {
+      require(warp.products.empty(), "the grid ends before its wgmmas");
+    }
   }
 
   int ctas() const { return grid_.ctas; }
@@ -87,16 +93,13 @@ class Machine {
   // All lanes of a warp come to `operation`; then `act` sees the arguments of all, once.
   template <class Argument, class Act>
   void meet(std::string_view operation, Argument& mine, const Act& act) {
-    Warp& warp = warps_[fibers_.current() / kLanes];
-    if (warp.arrived == 0) warp.operation = operation;
-    require(warp.operation == operation, "lanes of a warp are at different operations");
-    warp.arguments[lane()] = &mine;
-    if (++warp.arrived < kLanes) return fibers_.wait();
-    std::array<Argument*, kLanes> lanes;
-    for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<Argument*>(warp.arguments[i]);
-    act(lanes);
-    warp.arrived = 0;
-    release(fibers_.current() - lane(), kLanes);
+    meet_in(warps_[fibers_.current() / kLanes], operation, mine, act);
+  }
+  // The same of the threads of a warpgroup.
+  template <class Argument, class Act>
+  void meet_group(std::string_view operation, Argument& mine, const Act& act) {
+    require(threads() % kGroupThreads == 0, "a warpgroup is not whole");
+    meet_in(groups_[fibers_.current() / kGroupThreads], operation, mine, act);
   }
   void sync_threads() {
     Cta& mine = ctas_[cta()];
@@ -117,6 +120,34 @@ class Machine {
   void pass() { fibers_.pass(); }
   int draw(int below) { return static_cast<int>(random_() % static_cast<unsigned>(below)); }
 
+  // ---- wgmma ----
+  // Products of the current thread's warp are done in their order: now or when it waits.
+  void begin_product(const std::function<void()>& product) {
+    Warp& mine = warps_[fibers_.current() / kLanes];
+    if (mine.products.empty() && draw(2) == 0) return product();
+    mine.products.push_back({product, mine.product_groups});
+  }
+  void commit_products() { ++warps_[fibers_.current() / kLanes].product_groups; }
+  // Of the groups that the warp has committed, all but the newest `pending` are done.
+  void end_products(int pending) {
+    Warp& mine = warps_[fibers_.current() / kLanes];
+    while (!mine.products.empty() && mine.products.front().group < mine.product_groups - pending) {
+      mine.products.front().act();
+      mine.products.pop_front();
+    }
+  }
+
+  // A shared-memory address, and what it names.
+  unsigned shared_address(const void* address) {
+    require_shared(address, 1, 1);
+    return static_cast<unsigned>(static_cast<const std::uint8_t*>(address) -
+                                 ctas_[cta()].shared.begin());
+  }
+  const void* shared_at(int address, int bytes) {
+    const std::uint8_t* named = ctas_[cta()].shared.begin() + address;
+    require_shared(named, bytes, 1);
+    return named;
+  }
   // Shared memory that an instruction names by address.
   void require_shared(const void* address, int bytes, int alignment) {
     const GuardedArray<std::uint8_t>& shared = ctas_[cta()].shared;
@@ -194,11 +225,22 @@ class Machine {
     std::vector<Piece> pieces;
     int groups = 0;  // committed
   };
-  struct Warp {
+  template <int Threads>
+  struct Meeting {
+    static constexpr int kThreads = Threads;
     std::string_view operation;
     int arrived = 0;
-    std::array<void*, kLanes> arguments;
+    std::array<void*, Threads> arguments;
   };
+  struct Product {
+    std::function<void()> act;
+    int group;
+  };
+  struct Warp : Meeting<kLanes> {
+    std::deque<Product> products;  // of wgmmas that are begun
+    int product_groups = 0;        // committed
+  };
+  using Group = Meeting<kGroupThreads>;
   struct Barrier {
     int arrivals;  // of a phase
     int missing;
@@ -226,6 +268,21 @@ class Machine {
     const auto* first = static_cast<const volatile std::uint8_t*>(memory);
     (void)first[0];
     (void)first[bytes - 1];
+  }
+
+  template <class Place, class Argument, class Act>
+  void meet_in(Place& place, std::string_view operation, Argument& mine, const Act& act) {
+    constexpr int kThreads = Place::kThreads;
+    const int index = fibers_.current() % kThreads;
+    if (place.arrived == 0) place.operation = operation;
+    require(place.operation == operation, "threads that meet are at different operations");
+    place.arguments[index] = &mine;
+    if (++place.arrived < kThreads) return fibers_.wait();
+    std::array<Argument*, kThreads> all;
+    for (int i = 0; i < kThreads; ++i) all[i] = static_cast<Argument*>(place.arguments[i]);
+    act(all);
+    place.arrived = 0;
+    release(fibers_.current() - index, kThreads);
   }
 
   // Everybody may go on; whether this thread goes first is left to chance.
@@ -278,6 +335,7 @@ class Machine {
   Fibers fibers_;
   std::vector<Cta> ctas_;
   std::vector<Warp> warps_;
+  std::vector<Group> groups_;
   std::vector<Thread> threads_;
   std::vector<BulkCopy> bulk_copies_;  // under way
 };

@@ -77,6 +77,23 @@ def test_reports(tmp_path: Path, reports: list[tuple[str, int]], words: list[str
     assert (tmp_path / "unit.o").exists() == (not words)
 
 
+def test_serialized_products(tmp_path: Path) -> None:
+    (tmp_path / "unit.limits").write_text("decode_sm90 168 0 0\n")
+    text = report("decode_sm90", 168) + (
+        "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to this in the function '_ZN4pack11decode_sm90EEvNS_7ProblemE'\n"
+    )
+    (tmp_path / "text").write_text(text)
+    compiler = tmp_path / "nvcc"
+    compiler.write_text('#!/bin/sh\ntouch "$4"\ncat text >&2\n')
+    compiler.chmod(0o755)
+    launcher = [sys.executable, str(SOURCE / "cmake/check_kernels.py"), str(compiler)]
+    command = [*launcher, "-c", "unit.cu", "-o", "unit.o"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "decode_sm90EEvNS_7ProblemE: wgmma.mma_async instructions are seri" in result.stderr
+
+
 def test_build(tmp_path: Path) -> None:
     """One kernel by the build's compiler, within its limits but for one, and then within all."""
     nvcc = os.environ.get("BITDECODING_NVCC")

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "bitdecoding/decode/config.hpp"
+#include "bitdecoding/decode/groups.hpp"
 
 namespace bitdecoding::decode {
 
@@ -22,13 +23,15 @@ struct TileChoice {
 
 // The first line of the device's arch that is wide enough.
 inline constexpr TileChoice kTileChoices[] = {
-    // arch, columns, tile         us of this tile and of the next one of the table, and the case
+    // arch, columns, tile         us with it (another tile: us) on an H200, 4-bit | 2-bit
     {Arch::sm80, 4, 4},             // not measured on 8.x
     {Arch::sm80, 8, 8},             // not measured on 8.x
     {Arch::sm80, kAnyColumns, 16},  // not measured on 8.x
-    {Arch::sm90, 4, 4},             // not measured yet
-    {Arch::sm90, 8, 8},             // not measured yet
-    {Arch::sm90, kAnyColumns, 16},  // not measured yet
+    {Arch::sm90, 4, 4},             // 8x8x4@131072: 264 (8: 268) | 151 (8: 170)
+    {Arch::sm90, 8, 8},             // 128x8x8@4096: 164 (4: 302) | 109 (4: 193)
+    {Arch::sm90, 16, 16},           // 8x8x16@32768: 95 (32: 154) | 79 (32: 152)
+    {Arch::sm90, 32, 32},           // 8x8x32@32768: 149 (16: 182) | 147 (16: 145)
+    {Arch::sm90, kAnyColumns, 64},  // 8x8x64@32768: 253 (16: 354) | 254 (16: 284)
 };
 
 // Rows of Arch::sm90 run on 9.0 alone. `compute_capability`: 90 for 9.0.
@@ -43,11 +46,17 @@ constexpr int preferred_tile(Arch arch, int columns) {
   return 0;  // never: an arch's last line takes any columns
 }
 
-// The row of `units` (of the kernel table; a Row has a `config`) for that page format and arch:
+// Whether a kernel has code for the format: those of wgmma need one scale per chunk or token.
+constexpr bool serves(const DecodeConfig& config, const KvFormat& format) {
+  return config.page == layout::page_config(format) &&
+         (config.product() != Product::wgmma || has_whole_groups(format));
+}
+
+// The row of `units` (of the kernel table; a Row has a `config`) for that format and arch:
 // with the preferred tile, else the narrowest wider one, else the widest. nullptr: there is none.
 template <class Row>
 constexpr const Row* choose_decode_row(std::span<const std::span<const Row>> units, Arch arch,
-                                       const layout::PageConfig& page, int columns) {
+                                       const KvFormat& format, int columns) {
   const int preferred = preferred_tile(arch, columns);
   const auto distance = [preferred](const Row& row) {
     const int tile = row.config.query_columns;
@@ -56,7 +65,7 @@ constexpr const Row* choose_decode_row(std::span<const std::span<const Row>> uni
   const Row* best = nullptr;
   for (const std::span<const Row> unit : units) {
     for (const Row& row : unit) {
-      if (row.config.arch != arch || !(row.config.page == page)) continue;
+      if (row.config.arch != arch || !serves(row.config, format)) continue;
       if (best == nullptr || distance(row) < distance(*best)) best = &row;
     }
   }

@@ -16,18 +16,31 @@ enum class Arch {
 enum class Product {
   bytes,   // integer MMAs: 4 query columns fill an n tile
   halves,  // fp16 MMAs: 8 query columns do
+  wgmma,   // fp16 MMAs of a warpgroup, whose B operand lies in shared memory: 32 columns and more
 };
 
 struct DecodeConfig {
   Arch arch = Arch::sm80;
   layout::PageConfig page;
-  int query_columns = 8;  // (query tokens x query heads per KV head) of a tile: 4, 8 or 16
+  int query_columns =
+      8;  // (query tokens x query heads per KV head) of a tile: 4, 8, 16; sm90: 32, 64
 
   constexpr Product product() const {
-    return query_columns <= 4 ? Product::bytes : Product::halves;
+    if (query_columns <= 4) return Product::bytes;
+    return query_columns <= 16 ? Product::halves : Product::wgmma;
   }
   friend constexpr bool operator==(const DecodeConfig&, const DecodeConfig&) = default;
 };
+
+// The warps that are one stream.
+constexpr int stream_warps(const DecodeConfig& config) {
+  return config.product() == Product::wgmma ? 4 : 1;
+}
+
+// Warps of a CTA, one CTA per SM: as many as the registers of a stream allow.
+constexpr int max_warps(const DecodeConfig& config) {
+  return config.query_columns <= 8 || config.query_columns == 32 ? 12 : 8;
+}
 
 // Tokens of a 16-bit tile: about the bytes of one packed chunk.
 inline constexpr int kZoneTokens = 16;

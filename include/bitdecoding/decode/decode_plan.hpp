@@ -11,7 +11,7 @@ namespace bitdecoding::decode {
 
 // Counters at the start of the workspace, one per CTA and query column: zero before the first
 // launch; every launch leaves them zero.
-inline constexpr int kWorkspaceCounters = 4096;
+inline constexpr int kWorkspaceCounters = 16384;
 inline constexpr std::size_t kCounterBytes = kWorkspaceCounters * sizeof(int);
 
 struct DecodePlan {
@@ -21,7 +21,7 @@ struct DecodePlan {
   int device = 0;
   int ctas = 0;
   int warps = 0;          // per CTA
-  int stages = 0;         // per warp
+  int stages = 0;         // per stream
   int packed_chunks = 1;  // of a packed item
   int stage_bytes = 0;
   int smem_bytes = 0;

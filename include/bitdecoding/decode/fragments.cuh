@@ -31,8 +31,8 @@ struct Shape {
   static constexpr int head_dim = page.head_dim;
   static constexpr int columns = Config.query_columns;
   static constexpr int lane_columns = columns / 4;
-  // Products of halves: MMA columns 2t and 2t + 1 are two query columns; of bytes: parts of one.
-  static constexpr int tile_columns = product == Product::halves ? 8 : 4;
+  // Products of fp16: MMA columns 2t and 2t + 1 are two query columns; of bytes: parts of one.
+  static constexpr int tile_columns = product == Product::bytes ? 4 : 8;
   static constexpr int n_tiles = columns / tile_columns;
   static constexpr int tiles = head_dim / 16;  // of 16 channels
   using K = layout::CodeShape<page.k_bits, head_dim>;
@@ -62,6 +62,8 @@ template <class S>
 concept Halves = S::product == Product::halves;
 template <class S>
 concept Bytes = S::product == Product::bytes;
+template <class S>
+concept Wgmma = S::product == Product::wgmma;
 
 // Accumulators by (row, column of the lane, tile): a tile of halves is an MMA's four values.
 template <class S, int Tiles>

@@ -1,25 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decode attention, one launch: every warp streams its share of the batch's items, the CTA merges
-// its warps' partials, and the last CTA to finish a segment merges the segment.
-//   workspace   Partial [CTAs][warps]: ends of segments inside a CTA | Partial [CTAs][2]: first and
+// Decode attention, one launch: every stream, a warp or a warpgroup, takes its share of the batch's
+// bytes, the CTA merges its streams' partials, and the last CTA to finish a segment merges the segment.
+//   workspace   Partial [CTAs][streams]: ends of segments inside a CTA | Partial [CTAs][2]: first and
 //               last segment of a CTA          counters [CTAs][columns], 0 between launches
 #pragma once
 
 #include "bitdecoding/decode/merge.cuh"
 #include "bitdecoding/decode/stream.cuh"
+#include "bitdecoding/decode/wgmma/stream.cuh"
 
 namespace bitdecoding::decode {
 
-// Warps of a CTA, one CTA per SM: as many as the registers of a stream allow.
-template <DecodeConfig Config>
-inline constexpr int kMaxWarps = Config.query_columns <= 8 ? 12 : 8;
+// Of any kernel.
 inline constexpr int kMostWarps = 12;
 
-// What the warps leave to the CTA.
+// What the streams leave to the CTA.
 struct CtaStorage {
-  SegmentPlace partials[kMostWarps][2];  // of the segment that ends in the warp's share and of its
-                                         // last segment; sequence -1: none
-  int last_stages[kMostWarps];           // of the ring: where the last segment's partial lies
+  // Of the segment that ends in the stream's share and of its last one; sequence -1: none.
+  SegmentPlace partials[kMostWarps][2];
+  int last_stages[kMostWarps];  // of the ring: where a warp's last segment's partial lies
 };
 
 // Starts what would otherwise be waited for one after the other while the lengths are being read:
@@ -58,6 +57,8 @@ template <DecodeConfig Config, template <DecodeConfig, class> class StreamOf = S
 class DecodeCta {
  public:
   using S = Shape<Config>;
+  using Threads = StreamThreads<Config>;
+  static_assert(!Wgmma<S> || Config.arch == Arch::sm90, "wgmma is sm_90a's");
 
   __device__ DecodeCta(const DecodeArguments& a, std::uint8_t* smem) : a_(a), smem_(smem) {}
 
@@ -65,31 +66,41 @@ class DecodeCta {
     const BatchItems items = choose_items();
     const int ctas = active_ctas(items.total, gridDim.x);
     if (items.total > 0 && static_cast<int>(blockIdx.x) < ctas) {
-      if (a_.has_whole_groups) {
-        stream(WholeGroups<S::head_dim>{}, items);
+      if constexpr (Wgmma<S>) {
+        GroupStream<Config> mine(a_, group_storage(Threads::stream()));
+        stream(mine, items);
+      } else if (a_.has_whole_groups) {
+        StreamOf<Config, WholeGroups<S::head_dim>> mine(a_, {}, arch::lane_id());
+        stream(mine, items);
       } else {
-        stream(AnyGroups{a_.problem.cache.format}, items);
+        StreamOf<Config, AnyGroups> mine(a_, {a_.problem.cache.format}, arch::lane_id());
+        stream(mine, items);
       }
       __syncthreads();
-      merge_warps();
+      merge_streams();
     }
     if (items.has_empty) write_other_sequences();
   }
 
  private:
-  // Shared memory: rings of the warps | CtaStorage | WarpStorage of the warps
+  // Shared memory: GroupStorage of the streams | their rings | CtaStorage | WarpStorage of the warps
   __device__ CtaStorage& cta_storage() const {
-    return *reinterpret_cast<CtaStorage*>(ring_bytes(a_.warps));
+    return *reinterpret_cast<CtaStorage*>(ring_bytes(streams()));
   }
   __device__ WarpStorage& storage(int warp) const {
-    return reinterpret_cast<WarpStorage*>(ring_bytes(a_.warps) + sizeof(CtaStorage))[warp];
+    return reinterpret_cast<WarpStorage*>(ring_bytes(streams()) + sizeof(CtaStorage))[warp];
+  }
+  // A GroupStorage.
+  __device__ auto& group_storage(int stream) const {
+    return reinterpret_cast<GroupStorage<S>*>(smem_)[stream];
   }
   __device__ static int warp_id() { return arch::thread_id() / 32; }
+  __device__ int streams() const { return a_.warps / Threads::kWarps; }
 
-  // Chunks are items, or pages where every warp gets many: then a 16-bit tile takes as long as a
+  // Chunks are items, or pages where every stream gets many: then a 16-bit tile takes as long as a
   // page.
   __device__ BatchItems choose_items() {
-    constexpr int kFewItems = 16;  // chunks of a warp
+    constexpr int kFewItems = 16;  // chunks of a stream
     const PagedKvCache& cache = a_.problem.cache;
     const int lane = arch::lane_id();
     BatchShape batch = a_.batch;
@@ -98,7 +109,7 @@ class DecodeCta {
     prefetch_inputs(a_);
     BatchItems items = count_items(cache, batch, lane, first);
     const bool can_be_pages = a_.batch.item_tokens > kChunkTokens;
-    if (can_be_pages && items.total >= kFewItems * static_cast<int>(gridDim.x) * a_.warps) {
+    if (can_be_pages && items.total >= kFewItems * static_cast<int>(gridDim.x) * streams()) {
       batch.item_tokens = a_.batch.item_tokens;
       items = count_items(cache, batch, lane, first);
     }
@@ -111,45 +122,57 @@ class DecodeCta {
     return items;
   }
 
-  __device__ Partial<S>* inner_partial(int warp) const {
-    return reinterpret_cast<Partial<S>*>(a_.workspace) + blockIdx.x * a_.warps + warp;
+  __device__ Partial<S>* inner_partial(int stream) const {
+    return reinterpret_cast<Partial<S>*>(a_.workspace) + blockIdx.x * streams() + stream;
   }
   __device__ Partial<S>* cta_partial(int cta, int which) const {
-    return reinterpret_cast<Partial<S>*>(a_.workspace) + gridDim.x * a_.warps + 2 * cta + which;
+    return reinterpret_cast<Partial<S>*>(a_.workspace) + gridDim.x * streams() + 2 * cta + which;
   }
-  __device__ std::uint8_t* ring_bytes(int warp) const {
-    return smem_ + warp * a_.stages * a_.stage_bytes;
+  __device__ std::uint8_t* ring_bytes(int stream) const {
+    return smem_ + streams() * stream_storage_bytes<Config>() + stream * a_.stages * a_.stage_bytes;
   }
-  // A warp's last partial lies where its last item was.
-  __device__ Partial<S>* last_partial(int warp, int stage) const {
-    return reinterpret_cast<Partial<S>*>(ring_bytes(warp) + stage * a_.stage_bytes);
+  // A warpgroup's partial takes the place of its operands, a warp's that of its last item.
+  __device__ Partial<S>* stream_partial(int stream, int stage) const {
+    if constexpr (Wgmma<S>) {
+      return &group_storage(stream).partial();
+    } else {
+      return reinterpret_cast<Partial<S>*>(ring_bytes(stream) + stage * a_.stage_bytes);
+    }
   }
 
-  template <class Groups>
-  __device__ void stream(const Groups& groups, const BatchItems& items) {
-    const int warp = warp_id(), lane = arch::lane_id();
+  template <class Attention>
+  __device__ __forceinline__ void stream(Attention& stream, const BatchItems& items) {
+    const int warp = warp_id(), lane = arch::lane_id(), index = Threads::stream();
     const ItemRange share = storage(warp).shares.range(blockIdx.x);
-    ItemRange range = Shares(share.end - share.begin, a_.warps).range(warp);
+    ItemRange range = Shares(share.end - share.begin, streams()).range(index);
     range = {share.begin + range.begin, share.begin + range.end};
-    if (lane < 2) cta_storage().partials[warp][lane].sequence = -1;
-    Ring<Config> ring(a_, ring_bytes(warp), storage(warp), lane);
-    StreamOf<Config, Groups> stream(a_, groups, lane);
+    if (Threads::warp() == 0 && lane < 2) cta_storage().partials[index][lane].sequence = -1;
+    Ring<Config> ring(a_, ring_bytes(index), storage(index * Threads::kWarps).barriers,
+                      storage(warp), lane);
     ItemCursor cursor = ring.start(range, items);
     if (cursor.done()) return;
     // Queries are on their way while the ring fills, or while the segment before is finished.
-    const QueryBits<S> bits = stream.load_query(cursor.sequence(), cursor.head());
+    const auto bits = stream.load_query(cursor.sequence(), cursor.head());
     ring.fill(cursor);
     stream.begin_segment(bits);
     for (;;) {
       const ItemTokens tokens = ring.tokens();
-      ring.wait();
-      ring.load_next();
-      stream.attend(tokens, ring.bytes());
+      ring.wait(tokens);
+      if constexpr (Wgmma<S>) {
+        const bool is_plain = ring.next_is_plain();
+        if (!is_plain) ring.load_any();
+        stream.attend(tokens, ring.bytes(), [&] {
+          if (is_plain) ring.load_plain();
+        });
+      } else {
+        ring.load_next();
+        stream.attend(tokens, ring.bytes());
+      }
       if (tokens.flags & ItemTokens::last) {
-        __syncwarp();
+        Threads::sync();
         const bool is_last = ring.is_last();
         const SegmentPlace& next = is_last ? ring.segment() : ring.next_segment();
-        const QueryBits<S> next_bits = stream.load_query(next.sequence, next.head);
+        const auto next_bits = stream.load_query(next.sequence, next.head);
         finish(stream, ring, (tokens.flags & ItemTokens::whole) != 0);
         if (is_last) return;
         stream.begin_segment(next_bits);
@@ -159,25 +182,24 @@ class DecodeCta {
     }
   }
 
-  // The segment's result leaves the registers for the stage of its last item: a whole segment goes
-  // from there to the output, one that an earlier warp began to the workspace; the warp's last
-  // segment stays.
-  template <class Groups>
-  __device__ void finish(StreamOf<Config, Groups>& stream, Ring<Config>& ring, bool is_whole) {
-    auto& partial = *reinterpret_cast<Partial<S>*>(ring.bytes());
-    const int warp = warp_id(), lane = arch::lane_id();
-    __syncwarp();
-    store_partial<S>(stream.output(), stream.softmax(), stream.groups(), lane, partial);
-    __syncwarp();
+  // The segment's result leaves the registers for shared memory: a whole segment goes from there to
+  // the output, one that an earlier stream began to the workspace; the stream's last segment stays.
+  template <class Attention>
+  __device__ void finish(Attention& stream, Ring<Config>& ring, bool is_whole) {
+    const int index = Threads::stream(), thread = Threads::thread();
+    Partial<S>& partial = *stream_partial(index, ring.stage());
+    Threads::sync();
+    stream.store(partial);
+    Threads::sync();
     const SegmentPlace segment = ring.segment();
     if (is_whole) {
       store_whole(partial, segment);
     } else if (!ring.is_last()) {
-      copy_partial<S>(partial, *inner_partial(warp), lane);
-      if (lane == 0) cta_storage().partials[warp][0] = segment;
-    } else if (lane == 0) {
-      cta_storage().partials[warp][1] = segment;
-      cta_storage().last_stages[warp] = ring.stage();
+      copy_partial<S, Threads::kThreads>(partial, *inner_partial(index), thread);
+      if (thread == 0) cta_storage().partials[index][0] = segment;
+    } else if (thread == 0) {
+      cta_storage().partials[index][1] = segment;
+      cta_storage().last_stages[index] = ring.stage();
     }
   }
 
@@ -194,7 +216,8 @@ class DecodeCta {
   __device__ void store_whole(const Partial<S>& partial, const SegmentPlace& segment) {
     using Merged = MergedColumns<S, kFewColumns<S>>;
     const int columns = columns_of(segment.head);
-    for (int first = 0; first < columns; first += kFewColumns<S>) {
+    for (int first = Threads::warp() * kFewColumns<S>; first < columns;
+         first += Threads::kWarps * kFewColumns<S>) {
       const int column = min(first + Merged::column(), columns - 1);
       const float4& o = reinterpret_cast<const float4&>(partial.o[column][Merged::channel(0)]);
       store_merged(segment, column, Merged{partial.maximum[column], partial.sum[column], {o}});
@@ -226,8 +249,8 @@ class DecodeCta {
     to.sum[column] = merged.sum;
   }
 
-  // Entries 2 * warp + which of the CTA's partials, in the items' order: entry i is lane i's.
-  struct WarpPartials {
+  // Entries 2 * stream + which of the CTA's partials, in the items' order: entry i is lane i's.
+  struct StreamPartials {
     const Partial<S>* mine = nullptr;
     unsigned held = 0;    // entries that there are
     unsigned starts = 0;  // of them, the first of each segment
@@ -237,15 +260,15 @@ class DecodeCta {
   }
   // Without a branch before the votes: nvcc 13.0 has begun its reconvergence above __syncthreads(),
   // where the warp was apart, and lanes then voted by themselves.
-  __device__ WarpPartials find_partials() const {
+  __device__ StreamPartials find_partials() const {
     const int lane = arch::lane_id();
-    const int entry = min(lane, 2 * a_.warps - 1), warp = entry / 2;
+    const int entry = min(lane, 2 * streams() - 1), stream = entry / 2;
     const SegmentPlace& place = segment_of(entry);
     const bool is_held = (lane == entry) & (place.sequence >= 0);
-    const std::uintptr_t inner = reinterpret_cast<std::uintptr_t>(inner_partial(warp));
+    const std::uintptr_t inner = reinterpret_cast<std::uintptr_t>(inner_partial(stream));
     const std::uintptr_t last =
-        reinterpret_cast<std::uintptr_t>(last_partial(warp, cta_storage().last_stages[warp]));
-    WarpPartials found;
+        reinterpret_cast<std::uintptr_t>(stream_partial(stream, cta_storage().last_stages[stream]));
+    StreamPartials found;
     found.mine = reinterpret_cast<const Partial<S>*>(entry % 2 == 0 ? inner : last);
     found.held = __ballot_sync(0xffffffffu, is_held);
     const unsigned before = found.held & ((1u << lane) - 1u);
@@ -256,8 +279,8 @@ class DecodeCta {
   }
 
   // Warps have a column or two each, or, where there are too many columns for that, four at a time.
-  __device__ void merge_warps() {
-    const WarpPartials found = find_partials();
+  __device__ void merge_streams() {
+    const StreamPartials found = find_partials();
     const int columns = min(a_.columns, S::columns);
     if (__popc(found.starts) * columns <= a_.warps * kFewColumns<S>) {
       merge_segments<kFewColumns<S>>(found, columns);
@@ -267,7 +290,7 @@ class DecodeCta {
   }
 
   template <int Columns>
-  __device__ void merge_segments(const WarpPartials& found, int columns) {
+  __device__ void merge_segments(const StreamPartials& found, int columns) {
     const int turns = (columns + Columns - 1) / Columns;  // of a segment
     for (int turn = warp_id(); turn < __popc(found.starts) * turns; turn += a_.warps) {
       const int index = turn / turns, lane = arch::lane_id();
@@ -376,7 +399,7 @@ class DecodeCta {
 };
 
 template <class Row>
-__global__ void __launch_bounds__(kMaxWarps<Row::config> * 32, 1)
+__global__ void __launch_bounds__(max_warps(Row::config) * 32, 1)
     decode_attention(const __grid_constant__ DecodeArguments arguments) {
   extern __shared__ __align__(128) std::uint8_t smem[];
   DecodeCta<Row::config>(arguments, smem).run();

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "bitdecoding/decode/choice.hpp"
 #include "bitdecoding/decode/decode_plan.hpp"
 #include "bitdecoding/decode/kernel.cuh"
 #include "bitdecoding/launch.cuh"
@@ -29,25 +30,33 @@ constexpr int largest_stage_bytes(const layout::PageConfig& page) {
       std::max(layout::PageRecord(largest).chunk(1), zone_tile_bytes(page.head_dim)), 128);
 }
 
-// A stage also holds a tile of 16-bit tokens, or the partial that a segment leaves.
+// A stage also holds a tile of 16-bit tokens, or the partial that a segment of a warp leaves.
 template <DecodeConfig Config>
 inline constexpr int kLeastStageBytes =
-    std::max(zone_tile_bytes(Config.page.head_dim), int{sizeof(Partial<Shape<Config>>)});
+    std::max(zone_tile_bytes(Config.page.head_dim),
+             stream_warps(Config) == 1 ? int{sizeof(Partial<Shape<Config>>)} : 0);
 
-// As many warps and stages as shared memory has room for: two stages or more.
+// As many streams and stages as shared memory has room for: two stages or more.
 template <class Row>
 void fit_rings(int packed_bytes, DecodePlan* plan) {
   constexpr DecodeConfig config = Row::config;
-  static_assert(4 * 2 * std::max(largest_stage_bytes(config.page), kLeastStageBytes<config>) +
-                        int{sizeof(CtaStorage)} + 4 * int{sizeof(WarpStorage)} <=
-                    shared_limit_bytes(config.arch),
-                "4 warps have two stages in every format");
+  constexpr int kStreamWarps = stream_warps(config);
+  constexpr int kStreamBytes = stream_storage_bytes<config>();
+  static_assert(
+      4 / kStreamWarps *
+                  (2 * std::max(largest_stage_bytes(config.page), kLeastStageBytes<config>) +
+                   kStreamBytes) +
+              int{sizeof(CtaStorage)} + 4 * int{sizeof(WarpStorage)} <=
+          shared_limit_bytes(config.arch),
+      "4 warps have two stages in every format");
   plan->stage_bytes = layout::round_up(std::max(packed_bytes, kLeastStageBytes<config>), 128);
   const int limit = shared_limit_bytes(config.arch);
-  for (plan->warps = kMaxWarps<config>;; plan->warps -= 4) {
-    const int fixed = static_cast<int>(sizeof(CtaStorage) + plan->warps * sizeof(WarpStorage));
-    plan->stages = std::min(kMostStages, (limit - fixed) / (plan->warps * plan->stage_bytes));
-    plan->smem_bytes = plan->warps * plan->stages * plan->stage_bytes + fixed;
+  for (plan->warps = max_warps(config);; plan->warps -= 4) {
+    const int streams = plan->warps / kStreamWarps;
+    const int fixed = static_cast<int>(sizeof(CtaStorage) + plan->warps * sizeof(WarpStorage)) +
+                      streams * kStreamBytes;
+    plan->stages = std::min(kMostStages, (limit - fixed) / (streams * plan->stage_bytes));
+    plan->smem_bytes = streams * plan->stages * plan->stage_bytes + fixed;
     if (plan->stages >= 2 || plan->warps == 4) break;  // chunks always fit with 4 warps
   }
 }
@@ -70,6 +79,7 @@ template <class Row>
 cudaError_t plan_decode(const KvFormat& format, DecodePlan* plan) {
   constexpr DecodeConfig config = Row::config;
   using S = Shape<config>;
+  if (!serves(config, format)) return cudaErrorInvalidValue;
   *plan = {.format = format, .config = config};
   fit_items<Row>(plan);
   const auto kernel = decode_attention<Row>;
@@ -85,7 +95,8 @@ cudaError_t plan_decode(const KvFormat& format, DecodePlan* plan) {
                                                         plan->smem_bytes);
   if (error != cudaSuccess) return error;
   plan->ctas = std::min(sms * per_sm, kWorkspaceCounters / S::columns);
-  plan->workspace_bytes = kCounterBytes + plan->ctas * (plan->warps + 2) * sizeof(Partial<S>);
+  const int streams = plan->warps / stream_warps(config);
+  plan->workspace_bytes = kCounterBytes + plan->ctas * (streams + 2) * sizeof(Partial<S>);
   return cudaSuccess;
 }
 

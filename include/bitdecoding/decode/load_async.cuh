@@ -15,13 +15,13 @@ __device__ inline void copy_piece(const std::uint8_t* from, std::uint8_t* to) {
       *reinterpret_cast<const cute::uint128_t*>(from), *reinterpret_cast<cute::uint128_t*>(to));
 }
 
-// 16 rows of K and of V, each to its padded place.
-template <int HeadDim>
+// 16 rows of K and of V, each to its padded place, by so many threads.
+template <int HeadDim, int Threads>
 __device__ void copy_zone(const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* to,
-                          int lane) {
+                          int thread) {
   constexpr int kRowBytes = 2 * HeadDim, kStride = zone_row_bytes(HeadDim);
-  constexpr int kRowLanes = kRowBytes / 16, kRowsAtOnce = 32 / kRowLanes;
-  const int row = lane / kRowLanes, piece = lane % kRowLanes * 16;
+  constexpr int kRowLanes = kRowBytes / 16, kRowsAtOnce = Threads / kRowLanes;
+  const int row = thread / kRowLanes, piece = thread % kRowLanes * 16;
   k += row * kRowBytes + piece;
   v += row * kRowBytes + piece;
   to += row * kStride + piece;
@@ -44,7 +44,7 @@ class AsyncLoader {
 
   template <int HeadDim>
   __device__ void load_zone(int, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* to) {
-    copy_zone<HeadDim>(k, v, to, arch::lane_id());
+    copy_zone<HeadDim, 32>(k, v, to, arch::lane_id());
   }
 
   __device__ void commit() { cute::cp_async_fence(); }
@@ -52,7 +52,7 @@ class AsyncLoader {
   __device__ void written() {}
 
   // Waits until all but the newest `stages - 2` groups are there, for every lane.
-  __device__ void wait(int, int, int stages) {
+  __device__ void wait(int, int, int stages, bool) {
     switch (stages) {
       case 2: cute::cp_async_wait<0>(); break;
       case 3: cute::cp_async_wait<1>(); break;

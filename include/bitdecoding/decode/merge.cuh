@@ -88,11 +88,11 @@ __device__ void store_partial(Output<S, Groups>& output, const Softmax<S>& softm
   }
 }
 
-// By one warp.
-template <class S>
-__device__ void copy_partial(const Partial<S>& from, Partial<S>& to, int lane) {
+// By so many threads.
+template <class S, int Threads>
+__device__ void copy_partial(const Partial<S>& from, Partial<S>& to, int thread) {
   static_assert(sizeof(Partial<S>) % sizeof(float4) == 0);
-  for (int i = lane; i < static_cast<int>(sizeof(Partial<S>) / sizeof(float4)); i += 32) {
+  for (int i = thread; i < static_cast<int>(sizeof(Partial<S>) / sizeof(float4)); i += Threads) {
     reinterpret_cast<float4*>(&to)[i] = reinterpret_cast<const float4*>(&from)[i];
   }
 }

@@ -11,7 +11,7 @@ namespace bitdecoding::decode {
 inline constexpr float kMaximumFloor = -0x1p100f;
 // Weights of halves are 2^11 where the score is the maximum, so that small ones keep their bits.
 template <class S>
-inline constexpr float kWeightExponent = S::product == Product::halves ? 11.f : 0.f;
+inline constexpr float kWeightExponent = S::product == Product::bytes ? 0.f : 11.f;
 
 template <class S>
 struct Softmax {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A warp's ring of stages: the bytes of its next items are always under way while it computes.
+// A stream's ring of stages: the bytes of its next items are always under way while it computes.
 #pragma once
 
 #include <type_traits>
@@ -54,7 +54,8 @@ struct DecodeArguments {
 inline constexpr int kMostStages = 4;
 
 template <DecodeConfig Config>
-using Loader = std::conditional_t<Config.arch == Arch::sm90, BulkLoader, AsyncLoader>;
+using Loader =
+    std::conditional_t<Config.arch == Arch::sm90, BulkLoader<StreamThreads<Config>>, AsyncLoader>;
 
 // What a warp keeps in shared memory: registers are for the arithmetic.
 struct WarpStorage {
@@ -66,16 +67,14 @@ struct WarpStorage {
   CursorStorage cursor;
 };
 
-// A warp's ring: stages of bytes, what each holds, and the loads that fill them.
+// A stream's ring: stages of bytes, what each holds, and the loads that fill them.
 template <DecodeConfig Config>
 class Ring {
  public:
-  __device__ Ring(const DecodeArguments& a, std::uint8_t* stages, WarpStorage& storage, int lane)
-      : a_(a),
-        stages_(stages),
-        storage_(storage),
-        loader_(storage.barriers, a.stages, lane),
-        lane_(lane) {}
+  // `barriers`: in the storage of the stream's first warp; `storage`: of this one.
+  __device__ Ring(const DecodeArguments& a, std::uint8_t* stages, std::uint64_t* barriers,
+                  WarpStorage& storage, int lane)
+      : a_(a), stages_(stages), storage_(storage), loader_(barriers, a.stages, lane), lane_(lane) {}
 
   // Where the warp's items begin; the ring fills from there.
   __device__ ItemCursor start(ItemRange range, const BatchItems& items) const {
@@ -103,26 +102,40 @@ class Ring {
     return storage_.segments[stage_ + 1 == a_.stages ? 0 : stage_ + 1];
   }
   __device__ std::uint8_t* bytes() const { return stages_ + stage_ * a_.stage_bytes; }
-  __device__ void wait() { loader_.wait(stage_, phase_, a_.stages); }
+  __device__ void wait(const ItemTokens& tokens) {
+    loader_.wait(stage_, phase_, a_.stages, (tokens.flags & ItemTokens::zone) != 0);
+  }
 
-  // Loads one more item; call after wait(), when all lanes are past the previous item.
+  // Loads one more item; call after wait(), when all threads are past the previous item.
   __device__ void load_next() {
-    if (plain_items_ > 0) {
+    if (next_is_plain()) {
       load_plain();
     } else {
-      ItemCursor cursor = make_cursor();
-      cursor.load(storage_.cursor.state);
-      load(cursor);
-      look_ahead(cursor);
+      load_any();
     }
+  }
+  // The same in two parts: plain items are loaded in a few instructions.
+  __device__ bool next_is_plain() const { return plain_items_ > 0; }
+  __device__ void load_any() {
+    ItemCursor cursor = make_cursor();
+    cursor.load(storage_.cursor.state);
+    load(cursor);
+    look_ahead(cursor);
+    loader_.commit();
+  }
+  __device__ void load_plain() {
+    const auto end = static_cast<std::int16_t>(storage_.batch.item_tokens);
+    load_packed(free_stage(), plain_, {0, end, 0}, false);
+    --plain_items_;
+    ++plain_.index;
     loader_.commit();
   }
 
-  // The oldest item's bytes have been written over by the warp.
+  // The oldest item's bytes have been written over by the stream.
   __device__ void written() { loader_.written(); }
 
   __device__ void release() {
-    __syncwarp();
+    StreamThreads<Config>::sync();
     --held_;
     if (++stage_ == a_.stages) {
       stage_ = 0;
@@ -160,13 +173,6 @@ class Ring {
       cursor.skip(plain_items_);
     }
     cursor.save(storage_.cursor.state);
-  }
-
-  __device__ void load_plain() {
-    const auto end = static_cast<std::int16_t>(storage_.batch.item_tokens);
-    load_packed(free_stage(), plain_, {0, end, 0}, false);
-    --plain_items_;
-    ++plain_.index;
   }
 
   // The warp's first item may lack the parameters of a group that begins in the chunk before.

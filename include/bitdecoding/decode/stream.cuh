@@ -8,6 +8,7 @@
 #include "bitdecoding/decode/groups.hpp"
 #include "bitdecoding/decode/halves/scores.cuh"
 #include "bitdecoding/decode/halves/values.cuh"
+#include "bitdecoding/decode/merge.cuh"
 #include "bitdecoding/decode/ring.cuh"
 
 namespace bitdecoding::decode {
@@ -16,21 +17,22 @@ template <DecodeConfig Config, class Groups>
 class Stream {
  public:
   using S = Shape<Config>;
+  using QueryBits = decode::QueryBits<S>;
 
   __device__ Stream(const DecodeArguments& a, const Groups& groups, int lane)
       : a_(a), groups_(groups), lane_(lane) {}
 
   // `head`: virtual, see SegmentPlace. The queries are on their way until begin_segment.
-  __device__ QueryBits<S> load_query(int sequence, int head) const {
+  __device__ QueryBits load_query(int sequence, int head) const {
     const int kv_head = a_.column_tiles == 1 ? head : head / a_.column_tiles;
     const int tile = head - kv_head * a_.column_tiles;
-    QueryBits<S> bits;
+    QueryBits bits;
     decode::load_query<S>(a_.problem, sequence, kv_head, {tile * S::columns, a_.columns, a_.group},
                           arch::lane_id(), bits);
     return bits;
   }
 
-  __device__ void begin_segment(const QueryBits<S>& bits) {
+  __device__ void begin_segment(const QueryBits& bits) {
     set_query<S>(query_.q, query_.scale, bits, a_.problem.type, a_.problem.softmax_scale,
                  arch::lane_id());
     if constexpr (S::page.k_axis == KAxis::token) {
@@ -49,9 +51,10 @@ class Stream {
     }
   }
 
-  __device__ Output<S, Groups>& output() { return output_; }
-  __device__ const Softmax<S>& softmax() const { return softmax_; }
-  __device__ const Groups& groups() const { return groups_; }
+  // The segment's result, by the warp.
+  __device__ void store(Partial<S>& partial) {
+    store_partial<S>(output_, softmax_, groups_, arch::lane_id(), partial);
+  }
 
  private:
   using Scale = ScoreScale<S, Groups::kMostChunkGroups>;

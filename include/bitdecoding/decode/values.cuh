@@ -64,12 +64,13 @@ __device__ float sum_of_zeros(const RowValues& zeros, const ScoreTensor<S, kChun
   return sum;
 }
 
-// V^T of 16 fp16 tokens as A; those from `end` on hold anything and become 0.
-template <class S>
+// V^T of 16 fp16 tokens as A, Tiles tiles of channels; tokens from `end` on hold anything and become
+// 0.
+template <class S, int Tiles>
 __device__ void load_zone_values(const std::uint8_t* rows, int end, int lane,
-                                 FragmentA (&tOrV)[S::tiles]) {
+                                 FragmentA (&tOrV)[Tiles]) {
 #pragma unroll
-  for (int k = 0; k < S::tiles; ++k) {
+  for (int k = 0; k < Tiles; ++k) {
     const std::uint8_t* row = rows + (lane / 16 * 8 + lane % 8) * zone_row_bytes(S::head_dim) +
                               32 * k + lane / 8 % 2 * 16;
     auto& a = tOrV[k].a;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decode kernel beside the CPU's decode (fp32 arithmetic) over the same cache: zones, ragged
 // lengths, shuffled pages and slots, NaN in unused memory, several query tokens and head ratios.
-// Rows of the test's own: the header door, both copy back ends, both K axes, both column counts.
+// Rows of the test's own: the header door, both copy back ends, both K axes, all kinds of products.
 #include <doctest.h>
 
 #include <algorithm>
@@ -38,6 +38,8 @@ const std::vector<Case> kCases = {
     {2, 4, 2, 5, 30, {700, 900}},
     {2, 12, 1, 16, 64, {700, 3000}},
     {1, 4, 1, 50, 64, std::vector<std::int32_t>(70, 777)},
+    {1, 8, 8, 16, 64, {3000, 0, 129, 700}},
+    {2, 16, 5, 16, 64, {30000, 65}},
 };
 
 std::vector<std::int32_t> shuffled(int count, std::mt19937& rng) {
@@ -276,6 +278,20 @@ TEST_CASE("sm80 copies, 4-bit K, 2-bit V") {
 
 TEST_CASE("sm80 copies, 2-bit") {
   check<Row<kSm80, 2, 2, kChannel, 128, 8>>({.k_bits = 2, .v_bits = 2});
+}
+
+TEST_CASE("sm90, wgmma, 32 columns") {
+  check<Row<kSm90, 4, 4, kChannel, 128, 32>>({});
+  check<Row<kSm90, 2, 2, kChannel, 128, 32>>({.k_bits = 2, .v_bits = 2, .k_group = 64});
+  check<Row<kSm90, 4, 2, kToken, 64, 32>>(
+      {.v_bits = 2, .k_axis = kToken, .k_group = 64, .v_group = 64, .head_dim = 64});
+}
+
+TEST_CASE("sm90, wgmma, 64 columns") {
+  check<Row<kSm90, 2, 2, kChannel, 128, 64>>({.k_bits = 2, .v_bits = 2});
+  check<Row<kSm90, 4, 4, kToken, 128, 64>>({.k_axis = kToken});
+  check<Row<kSm90, 2, 4, kChannel, 64, 64>>(
+      {.k_bits = 2, .k_group = 64, .v_group = 64, .page_tokens = 64, .head_dim = 64});
 }
 
 TEST_CASE("sm90, 2-bit per channel, 4 columns") {

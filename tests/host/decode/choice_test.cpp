@@ -19,6 +19,9 @@ using layout::PageConfig;
 
 constexpr PageConfig kPage{2, 2, KAxis::channel, 128};
 constexpr PageConfig kOtherPage{4, 2, KAxis::token, 64};
+constexpr KvFormat kFormat{.k_bits = 2, .v_bits = 2};
+constexpr KvFormat kOtherFormat{
+    .v_bits = 2, .k_axis = KAxis::token, .k_group = 64, .v_group = 64, .head_dim = 64};
 
 struct Row {
   decode::DecodeConfig config;
@@ -44,10 +47,10 @@ struct Table {
     }
   }
 
-  std::string choice(int compute_capability, int columns, const PageConfig& page = kPage) const {
+  std::string choice(int compute_capability, int columns, const KvFormat& format = kFormat) const {
     const std::vector<std::span<const Row>> units(rows.begin(), rows.end());
     const Row* row =
-        decode::choose_decode_row<Row>(units, decode::arch_of(compute_capability), page, columns);
+        decode::choose_decode_row<Row>(units, decode::arch_of(compute_capability), format, columns);
     return row == nullptr ? "" : row->name;
   }
 
@@ -67,13 +70,14 @@ TEST_CASE("the kernel of every kind of call, all of them built") {
   const char *a4 = "decode_sm80_k2v2_c_d128_n4", *a8 = "decode_sm80_k2v2_c_d128_n8",
              *a16 = "decode_sm80_k2v2_c_d128_n16";
   const char *h4 = "decode_sm90_k2v2_c_d128_n4", *h8 = "decode_sm90_k2v2_c_d128_n8",
-             *h16 = "decode_sm90_k2v2_c_d128_n16";
+             *h16 = "decode_sm90_k2v2_c_d128_n16", *h32 = "decode_sm90_k2v2_c_d128_n32",
+             *h64 = "decode_sm90_k2v2_c_d128_n64";
   const Expected expected[] = {
       // columns 1   4   5   8   9    16   17   32   64
       {80, {a4, a4, a8, a8, a16, a16, a16, a16, a16}},
       {86, {a4, a4, a8, a8, a16, a16, a16, a16, a16}},
       {89, {a4, a4, a8, a8, a16, a16, a16, a16, a16}},
-      {90, {h4, h4, h8, h8, h16, h16, h16, h16, h16}},
+      {90, {h4, h4, h8, h8, h16, h16, h32, h32, h64}},
   };
   const Table table({4, 8, 16, 32, 64});
   for (const Expected& row : expected) {
@@ -82,8 +86,24 @@ TEST_CASE("the kernel of every kind of call, all of them built") {
       CHECK(table.choice(row.compute_capability, kColumns[i]) == row.kernels[i]);
     }
   }
-  CHECK(table.choice(90, 1, kOtherPage) == "decode_sm90_k4v2_t_d64_n4");
-  CHECK(table.choice(90, 1, {4, 4, KAxis::token, 64}).empty());
+  CHECK(table.choice(90, 1, kOtherFormat) == "decode_sm90_k4v2_t_d64_n4");
+  KvFormat absent = kOtherFormat;
+  absent.v_bits = 4;
+  CHECK(table.choice(90, 1, absent).empty());
+}
+
+TEST_CASE("tiles of 32 and 64 columns are for whole groups without norms") {
+  const Table table({4, 8, 16, 32, 64});
+  CHECK(table.choice(90, 1000, {.k_bits = 2, .v_bits = 2, .k_group = 64}) ==
+        "decode_sm90_k2v2_c_d128_n64");
+  CHECK(table.choice(90, 1000, kOtherFormat) == "decode_sm90_k4v2_t_d64_n64");
+  for (const KvFormat& format : {KvFormat{.k_bits = 2, .v_bits = 2, .k_group = 32},
+                                 KvFormat{.k_bits = 2, .v_bits = 2, .v_group = 64},
+                                 KvFormat{.k_bits = 2, .v_bits = 2, .token_norm = true}}) {
+    for (const int columns : {17, 64, 1000}) {
+      CHECK(table.choice(90, columns, format) == "decode_sm90_k2v2_c_d128_n16");
+    }
+  }
 }
 
 TEST_CASE("where a tile is not built the next wider one serves, else the widest") {
@@ -97,7 +117,7 @@ TEST_CASE("where a tile is not built the next wider one serves, else the widest"
   };
   CHECK(tiles(Table({8, 16})) == "n8 n8 n8 n8 n16 n16 n16 n16 n16 ");
   CHECK(tiles(Table({16, 8})) == "n8 n8 n8 n8 n16 n16 n16 n16 n16 ");
-  CHECK(tiles(Table({64, 4, 32})) == "n4 n4 n32 n32 n32 n32 n32 n32 n32 ");
+  CHECK(tiles(Table({64, 4, 32})) == "n4 n4 n32 n32 n32 n32 n32 n32 n64 ");
   CHECK(tiles(Table({4, 8})) == "n4 n4 n8 n8 n8 n8 n8 n8 n8 ");
   CHECK(tiles(Table({})) == "         ");
 }

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// PTX that CuTe has no name for: barriers of a warpgroup, 128 threads. `barrier`: 1 to 15, one for
+// each warpgroup of a CTA; 0 is __syncthreads'.
+#pragma once
+
+namespace bitdecoding::arch {
+
+__device__ inline void sync_warpgroup(int barrier) {
+  asm volatile("bar.sync %0, 128;" : : "r"(barrier) : "memory");
+}
+
+// The same, and whether it holds for any of the threads.
+__device__ inline bool any_of_warpgroup(int barrier, bool holds) {
+  int any;
+  asm volatile(
+      "{\n\t.reg .pred mine, all;\n\t"
+      "setp.ne.s32 mine, %2, 0;\n\t"
+      "bar.red.or.pred all, %1, 128, mine;\n\t"
+      "selp.s32 %0, 1, 0, all;\n\t}"
+      : "=r"(any)
+      : "r"(barrier), "r"(static_cast<int>(holds))
+      : "memory");
+  return any != 0;
+}
+
+}  // namespace bitdecoding::arch
