@@ -44,6 +44,8 @@ __global__ void write_words(std::uint32_t* words, std::int64_t count) {
   }
 }
 
+using Warp = decode::StreamThreads<decode::DecodeConfig{decode::Arch::sm90}>;
+
 // Warps take copies in turns, so that the SMs read neighbouring memory at the same time. A stage is
 // loaded anew once every lane has added a word of it to its sum.
 __global__ void __launch_bounds__(kReadWarps * 32, 1)
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(kReadWarps * 32, 1)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int bytes = setting.copy_bytes, stages = setting.stages;
   std::uint8_t* ring = smem + warp * stages * bytes;
-  decode::BulkLoader loader(barriers[warp], stages, lane);
+  decode::BulkLoader<Warp> loader(barriers[warp], stages, lane);
   const std::int64_t first = blockIdx.x * setting.warps + warp, step = gridDim.x * setting.warps;
   const auto load = [&](std::int64_t copy, int stage) {
     if (copy >= copies) return;
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(kReadWarps * 32, 1)
   std::uint32_t sum = 0;
   int stage = 0, phase = 0;
   for (std::int64_t copy = first; copy < copies; copy += step) {
-    loader.wait(stage, phase, stages);
+    loader.wait(stage, phase, stages, false);
     sum += reinterpret_cast<const std::uint32_t*>(ring + stage * bytes)[token_word(bytes, lane)];
     __syncwarp();
     load(copy + stages * step, stage);
