@@ -25,8 +25,9 @@ set(BITDECODING_KERNEL_TABLE
   "decode_sm90   *          n16         255      0       0"   #   8 warps
   "decode_sm90   *_c_d128   n16         255     24       0"   #   spills
   "decode_sm90   *_t_d128   n16         255    136       0"   #   spills
-  "decode_sm90   *          n32         168     16       0"   #   wgmma: 3 warpgroups; spills
-  "decode_sm90   *          n64         255     16       0")  #   wgmma: 2 warpgroups; spills
+  "decode_sm90   *          n32         168      0       0"   #   wgmma: 3 warpgroups
+  "decode_sm90   *_d64      n32         168      8       0"   #   spills
+  "decode_sm90   *          n64         255      0       0")  #   wgmma: 2 warpgroups
 # Rows of a kind compile in order, several to a unit: CuTe's headers cost seconds each time.
 set(BITDECODING_PACK_KERNELS_PER_UNIT 8)
 set(BITDECODING_APPEND_KERNELS_PER_UNIT 8)

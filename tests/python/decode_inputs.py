@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,13 +46,18 @@ class Page:
     v_bits: int
     k_axis: str
     head_dim: int
+    whole_groups: bool = False  # a kernel that serves no others: those of wgmma
 
     @classmethod
     def of_kernel(cls, name: str) -> Page:
         """decode_sm90_k4v2_c_d128_n8"""
-        _, _, bits, axis, head_dim, _ = name.split("_")
+        _, _, bits, axis, head_dim, tile = name.split("_")
         return cls(
-            int(bits[1]), int(bits[3]), {"c": "channel", "t": "token"}[axis], int(head_dim[1:])
+            int(bits[1]),
+            int(bits[3]),
+            {"c": "channel", "t": "token"}[axis],
+            int(head_dim[1:]),
+            whole_groups=tile in ("n32", "n64"),
         )
 
     @classmethod
@@ -60,9 +65,17 @@ class Page:
         return cls(f.k_bits, f.v_bits, f.k_axis, f.head_dim)
 
 
+def has_whole_groups(f: KvFormat) -> bool:
+    """One K scale per channel and chunk, or per token, one V scale per token, no norms."""
+    whole_k = f.k_group >= 64 if f.k_axis == "channel" else f.k_group == f.head_dim
+    return whole_k and f.v_group == f.head_dim and not f.token_norm
+
+
 @functools.cache
 def formats_of(page: Page) -> tuple[KvFormat, ...]:
-    return tuple(f for f in legal_formats() if Page.of_format(f) == page)
+    fixed = replace(page, whole_groups=False)
+    found = (f for f in legal_formats() if Page.of_format(f) == fixed)
+    return tuple(f for f in found if has_whole_groups(f) or not page.whole_groups)
 
 
 PAGES = sorted({Page.of_format(f) for f in legal_formats()}, key=repr)
