@@ -37,14 +37,16 @@ inline Status format_of_kernel(const std::string& kernel, KvFormat* format) {
   int arch = 0, columns = 0, end = 0;
   const int found = std::sscanf(kernel.c_str(), "decode_sm%d_k%dv%d_%c_d%d_n%d%n", &arch, &f.k_bits,
                                 &f.v_bits, &axis, &f.head_dim, &columns, &end);
-  if (found != 6 || end != static_cast<int>(kernel.size()) || (axis != 'c' && axis != 't')) {
-    return invalid_argument("kernel = '", kernel,
-                            "'; allowed: decode_<arch>_k<bits>v<bits>_<c|t>_d<channels>_n<columns>,"
-                            " for example decode_sm90_k4v4_c_d128_n8");
+  const bool known = axis == 'c' || axis == 't' || axis == 'b';
+  if (found != 6 || end != static_cast<int>(kernel.size()) || !known) {
+    return invalid_argument(
+        "kernel = '", kernel,
+        "'; allowed: decode_<arch>_k<bits>v<bits>_<c|t|b>_d<channels>_n<columns>,"
+        " for example decode_sm90_k4v4_c_d128_n8");
   }
-  f.k_axis = axis == 'c' ? KAxis::channel : KAxis::token;
-  f.k_group = axis == 'c' ? f.page_tokens : f.head_dim;
-  f.v_group = f.head_dim;
+  f.k_axis = axis == 'c' ? KAxis::channel : axis == 't' ? KAxis::token : KAxis::block;
+  f.k_group = axis == 'b' ? 32 : axis == 'c' ? f.page_tokens : f.head_dim;
+  f.v_group = axis == 'b' ? 32 : f.head_dim;
   if (Status status = validate(f); !status.is_ok()) return status;
   *format = f;
   return {};

@@ -4,6 +4,9 @@
 
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
+#include <iterator>
+
 #include "arrays.hpp"
 
 namespace bitdecoding::python {
@@ -20,6 +23,9 @@ constexpr IntField kIntFields[] = {
     {"k_group", &KvFormat::k_group},         {"v_group", &KvFormat::v_group},
     {"page_tokens", &KvFormat::page_tokens}, {"head_dim", &KvFormat::head_dim},
 };
+
+constexpr const char* kAxisNames[] = {"channel", "token", "block"};  // in KAxis' order
+constexpr const char* kAxes = "'channel', 'token', 'block'";
 
 [[noreturn]] void refuse_field(const std::string& name, nb::handle value, const char* allowed) {
   refuse_type(name, " = ", nb::repr(value).c_str(), "; allowed: ", allowed);
@@ -42,11 +48,10 @@ void set_field(const std::string& name, nb::handle value, KvFormat* format) {
   if (name == "token_norm") {
     format->token_norm = field_value<bool>(name, value, "a bool");
   } else if (name == "k_axis") {
-    const auto axis = field_value<std::string>(name, value, "'channel', 'token'");
-    if (axis != "channel" && axis != "token") {
-      refuse_value("k_axis = '", axis, "'; allowed: 'channel', 'token'");
-    }
-    format->k_axis = axis == "channel" ? KAxis::channel : KAxis::token;
+    const auto axis = field_value<std::string>(name, value, kAxes);
+    const auto known = std::find(std::begin(kAxisNames), std::end(kAxisNames), axis);
+    if (known == std::end(kAxisNames)) refuse_value("k_axis = '", axis, "'; allowed: ", kAxes);
+    format->k_axis = static_cast<KAxis>(known - std::begin(kAxisNames));
   } else {
     refuse_field(name, value,
                  "k_bits, v_bits, k_axis, k_group, v_group, page_tokens, head_dim, token_norm");
@@ -70,7 +75,7 @@ KvFormat parse(nb::handle name) {
 }
 
 std::string axis_name(const KvFormat& format) {
-  return format.k_axis == KAxis::channel ? "channel" : "token";
+  return kAxisNames[static_cast<int>(format.k_axis)];
 }
 
 std::string repr(const KvFormat& format) { return "KvFormat.parse('" + name(format) + "')"; }

@@ -25,18 +25,19 @@ void bind_kv_format(nb::module_& module) {
       R"(What the codes of a packed KV cache mean, as one immutable, hashable value.
 
 Everything about a page (size, offsets, kernels) is a function of it; docs/format.md specifies the
-bytes. A value is coded as code * scale + zero, with one fp16 scale and zero-point per group.
+bytes. A value is coded as code * scale + zero, with one fp16 scale and zero-point per group; in
+blocks as (code - 7.5) * 2^e, with 2 bits (code - 1.5) * 2^e, with one byte for e.
 
 Parameters
 ----------
 k_bits, v_bits : bits per code of K and of V: 2 or 4
 k_axis : what shares a K scale: 'channel', k_group tokens of one channel, or 'token', k_group
-    channels of one token
-k_group : 32, 64 or 128, at most page_tokens (channel axis) or head_dim (token axis)
-v_group : channels of one token that share a V scale: 32, 64 or 128, at most head_dim
+    channels of one token, or 'block': K and V in blocks of 32 channels of one token
+k_group : 32, 64 or 128, at most page_tokens (channel axis) or head_dim (token axis); blocks: 32
+v_group : channels of one token that share a V scale: 32, 64 or 128, at most head_dim; blocks: 32
 page_tokens : tokens of a page: 64 or 128
 head_dim : channels of a head: 64 or 128
-token_norm : K is coded divided by its token's norm, which then multiplies the score
+token_norm : K is coded divided by its token's norm, which then multiplies the score; not in blocks
 
 Raises ValueError naming the field, its value and what is allowed.)")
       .def_static("__new__", [](nb::handle, const nb::kwargs& f) { return make_kv_format(f); })
@@ -51,7 +52,7 @@ Raises ValueError naming the field, its value and what is allowed.)")
                   "'k2v2_t32_v32_p64_d64_norm'. Raises ValueError.")
       .def_ro("k_bits", &KvFormat::k_bits, "Bits per K code.")
       .def_ro("v_bits", &KvFormat::v_bits, "Bits per V code.")
-      .def_prop_ro("k_axis", &axis_name, "'channel' or 'token'.")
+      .def_prop_ro("k_axis", &axis_name, "'channel', 'token' or 'block'.")
       .def_ro("k_group", &KvFormat::k_group, "Tokens (channel axis) or channels per K scale.")
       .def_ro("v_group", &KvFormat::v_group, "Channels per V scale.")
       .def_ro("page_tokens", &KvFormat::page_tokens, "Tokens of a page.")

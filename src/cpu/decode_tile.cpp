@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "bitdecoding/format/quantizer.hpp"
+
 namespace bitdecoding::cpu {
 namespace {
 
@@ -11,11 +13,27 @@ const std::uint16_t* fp16_at(const std::uint8_t* page, int offset) {
   return reinterpret_cast<const std::uint16_t*>(page + offset);
 }
 
+// Scales and zero-points of a chunk's 64 tokens, in token order, from a group's planes.
+void widen_parameters(const KvFormat& f, const std::uint8_t* page, const PageMap::Parameters& at,
+                      int bits, float* scales, float* zeros) {
+  if (!f.has_blocks()) {
+    widen_token_plane(fp16_at(page, at.scales), scales);
+    widen_token_plane(fp16_at(page, at.zeros), zeros);
+    return;
+  }
+  std::uint16_t plane[kChunkTokens];
+  for (int i = 0; i < kChunkTokens; ++i) {
+    plane[i] = format::block_parameters(page[at.scales + i], bits).scale;
+  }
+  widen_token_plane(plane, scales);
+  for (int i = 0; i < kChunkTokens; ++i) zeros[i] = -format::block_middle(bits) * scales[i];
+}
+
 }  // namespace
 
 void DecodeTile::set_queries(const float* q, int rows) {
   const KvFormat& f = c_.format;
-  const bool per_token = f.k_axis == KAxis::token;
+  const bool per_token = f.k_axis != KAxis::channel;
   rows_ = rows;
   std::copy_n(q, rows * f.head_dim, q_);
   for (int channel = 0; channel < f.head_dim; ++channel) {
@@ -91,9 +109,7 @@ void DecodeTile::score_chunk(const std::uint8_t* page, int chunk, bool first, fl
     for (int r = 0; r < rows_; ++r) std::fill_n(scores + r * kSegmentTokens, kChunkTokens, 0.f);
     codes.channels = f.k_group;
     for (int group = 0; group < f.k_groups(); ++group) {
-      const PageMap::Parameters& at = map_.k_tokens[chunk][group];
-      widen_token_plane(fp16_at(page, at.scales), factors);
-      widen_token_plane(fp16_at(page, at.zeros), zeros);
+      widen_parameters(f, page, map_.k_tokens[chunk][group], f.k_bits, factors, zeros);
       codes.first_channel = group * f.k_group;
       score_codes(codes, q_lane_, bias_, rows_, partial_);
       add_token_group(partial_, factors, zeros, q_sums_[group], rows_, scores);
@@ -113,9 +129,7 @@ void DecodeTile::add_pages(const Segment& segment) {
     const std::uint8_t* page = page_of(token);
     const int chunk = token % f.page_tokens / kChunkTokens;
     for (int group = 0; group < f.v_groups(); ++group) {
-      const PageMap::Parameters& at = map_.v_tokens[chunk][group];
-      widen_token_plane(fp16_at(page, at.scales), scales);
-      widen_token_plane(fp16_at(page, at.zeros), zeros);
+      widen_parameters(f, page, map_.v_tokens[chunk][group], f.v_bits, scales, zeros);
       scale_probabilities(scores_ + (token - segment.begin), scales, zeros,
                           segment.attended_from - token, rows_, p_scaled_, zero_sums_ + group);
       add_codes({page + map_.v_codes[chunk], f.v_bits, f.head_dim, group * f.v_group, f.v_group},

@@ -21,26 +21,36 @@ constexpr int kMinChannelGroup = 32;
 // Codes of one tensor of a page, rows of head_dim * bits / 8 bytes in a CodeOrder.
 using CodeBytes = std::uint8_t[kMaxPageTokens * kMaxHeadDim / 2];
 
-template <class Scales, class Zeros>
-GroupCoder store_group(const Scales& scales, const Zeros& zeros, int token, int channel,
-                       const GroupRange& range, int bits) {
-  const GroupParameters parameters = format::group_parameters(range, bits);
-  scales(token, channel) = half_t::bitcast(parameters.scale);
-  zeros(token, channel) = half_t::bitcast(parameters.zero);
-  return GroupCoder(parameters);
+// What stores a group's parameters and gives its coder: (token, channel, range). All tensors (N,D).
+template <int Bits, class Scales, class Zeros>
+auto storing(const Scales& scales, const Zeros& zeros) {
+  return [=](int token, int channel, const GroupRange& range) {
+    const GroupParameters parameters = format::group_parameters(range, Bits);
+    scales(token, channel) = half_t::bitcast(parameters.scale);
+    zeros(token, channel) = half_t::bitcast(parameters.zero);
+    return GroupCoder(parameters);
+  };
+}
+template <int Bits, class Exponents>
+auto storing(const Exponents& exponents) {
+  return [=](int token, int channel, const GroupRange& range) {
+    const std::uint8_t exponent = format::block_exponent(range, Bits);
+    exponents(token, channel) = exponent;
+    return GroupCoder(format::block_parameters(exponent, Bits));
+  };
 }
 
 // Groups of `group` tokens of one channel.
-template <int Bits, int HeadDim, class Scales, class Zeros>
+template <int Bits, int HeadDim, class Store>
 void code_by_channel(const TokenTile& tile, int tokens, int group, int free_tokens,
-                     const Scales& scales, const Zeros& zeros, std::uint8_t* bytes) {
+                     const Store& store, std::uint8_t* bytes) {
   GroupRange ranges[HeadDim];
   for (int first = 0; first < tokens; first += group) {
     const int counted = std::clamp(free_tokens, first, first + group);
     channel_ranges(tile.values + counted * HeadDim, first + group - counted, HeadDim, ranges);
     ChannelCoders coders;
     for (int c = 0; c < HeadDim; ++c) {
-      coders.set(c, store_group(scales, zeros, first, c, ranges[c], Bits));
+      coders.set(c, store(first, c, ranges[c]));
     }
     for (int n = first; n < first + group; ++n) {
       encode_channels(tile.values + n * HeadDim, coders, HeadDim, Bits,
@@ -50,14 +60,14 @@ void code_by_channel(const TokenTile& tile, int tokens, int group, int free_toke
 }
 
 // Groups of `group` channels of one token.
-template <int Bits, int HeadDim, CodeOrder Order, class Scales, class Zeros>
-void code_by_token(const TokenTile& tile, int tokens, int group, const Scales& scales,
-                   const Zeros& zeros, std::uint8_t* bytes) {
+template <int Bits, int HeadDim, CodeOrder Order, class Store>
+void code_by_token(const TokenTile& tile, int tokens, int group, const Store& store,
+                   std::uint8_t* bytes) {
   GroupCoder coders[HeadDim / kMinChannelGroup];
   for (int n = 0; n < tokens; ++n) {
     const std::uint16_t* values = tile.values + n * HeadDim;
     for (int c = 0; c < HeadDim; c += group) {
-      coders[c / group] = store_group(scales, zeros, n, c, token_range(values + c, group), Bits);
+      coders[c / group] = store(n, c, token_range(values + c, group));
     }
     encode_groups(values, coders, group, HeadDim, Bits, Order, bytes + n * (HeadDim * Bits / 8));
   }
@@ -130,16 +140,28 @@ void pack(const KvFormat& f, int free_tokens, TokenTile& k, const TokenTile& v,
   std::memset(bytes, 0, static_cast<std::size_t>(page_bytes(f)));
   CodeBytes codes;
   if (f.token_norm) divide_by_norms(k, f.page_tokens, Config.head_dim, page.token_norms());
+  constexpr int kBits = Config.k_bits, vBits = Config.v_bits, kHeadDim = Config.head_dim;
+  const auto store_k = [&] {
+    if constexpr (Config.has_blocks()) {
+      return storing<kBits>(page.k_exponents());
+    } else {
+      return storing<kBits>(page.k_scales(), page.k_zeros());
+    }
+  }();
   if constexpr (Config.k_axis == KAxis::channel) {
-    code_by_channel<Config.k_bits, Config.head_dim>(k, f.page_tokens, f.k_group, free_tokens,
-                                                    page.k_scales(), page.k_zeros(), codes);
+    code_by_channel<kBits, kHeadDim>(k, f.page_tokens, f.k_group, free_tokens, store_k, codes);
   } else {
-    code_by_token<Config.k_bits, Config.head_dim, CodeOrder::k>(
-        k, f.page_tokens, f.k_group, page.k_scales(), page.k_zeros(), codes);
+    code_by_token<kBits, kHeadDim, CodeOrder::k>(k, f.page_tokens, f.k_group, store_k, codes);
   }
   store_k_units(page, codes);
-  code_by_token<Config.v_bits, Config.head_dim, CodeOrder::v>(
-      v, f.page_tokens, f.v_group, page.v_scales(), page.v_zeros(), codes);
+  const auto store_v = [&] {
+    if constexpr (Config.has_blocks()) {
+      return storing<vBits>(page.v_exponents());
+    } else {
+      return storing<vBits>(page.v_scales(), page.v_zeros());
+    }
+  }();
+  code_by_token<vBits, kHeadDim, CodeOrder::v>(v, f.page_tokens, f.v_group, store_v, codes);
   store_v_units(page, codes);
 }
 

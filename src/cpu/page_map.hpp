@@ -20,7 +20,7 @@ struct PageMap {
   static constexpr int kRuns = 4;
   static constexpr int kGroups = 4;  // of channels
 
-  // Scales, and zero-points at the same place of `zeros`.
+  // Scales, and zero-points at the same place of `zeros`; of blocks the exponents, twice.
   struct Parameters {
     int scales;
     int zeros;
@@ -64,8 +64,15 @@ PageMap map_page(const KvFormat& f, const std::uint8_t* bytes) {
     map.v_codes[chunk] = offset(page.v_units(chunk)(0, 0, 0));
     if (f.token_norm) map.norms[chunk] = offset(page.token_norms()(token));
     for (int group = 0; group < f.v_groups(); ++group) {
-      map.v_tokens[chunk][group] =
-          parameters(page.v_scales(), page.v_zeros(), token, group * f.v_group);
+      const int channel = group * f.v_group;
+      if constexpr (Config.has_blocks()) {
+        map.k_tokens[chunk][group] =
+            parameters(page.k_exponents(), page.k_exponents(), token, channel);
+        map.v_tokens[chunk][group] =
+            parameters(page.v_exponents(), page.v_exponents(), token, channel);
+      } else {
+        map.v_tokens[chunk][group] = parameters(page.v_scales(), page.v_zeros(), token, channel);
+      }
     }
     if constexpr (Config.k_axis == KAxis::token) {
       for (int group = 0; group < f.k_groups(); ++group) {

@@ -102,10 +102,12 @@ void run(const AppendProblem& p, int* counters, int* error_word, std::mt19937& r
 void run_any(const AppendProblem& p, int* counters, int* error_word, std::mt19937& random) {
   const KvFormat& f = p.cache.format;
   const auto by_axis = [&]<int KBits, int VBits, int HeadDim> {
-    return f.k_axis == KAxis::channel ? run<PageConfig{KBits, VBits, KAxis::channel, HeadDim}>(
-                                            p, counters, error_word, random)
-                                      : run<PageConfig{KBits, VBits, KAxis::token, HeadDim}>(
-                                            p, counters, error_word, random);
+    const auto run_of = [&]<KAxis Axis> {
+      run<PageConfig{KBits, VBits, Axis, HeadDim}>(p, counters, error_word, random);
+    };
+    if (f.k_axis == KAxis::channel) return run_of.template operator()<KAxis::channel>();
+    if (f.has_blocks()) return run_of.template operator()<KAxis::block>();
+    return run_of.template operator()<KAxis::token>();
   };
   const auto by_head_dim = [&]<int KBits, int VBits> {
     return f.head_dim == 64 ? by_axis.template operator()<KBits, VBits, 64>()

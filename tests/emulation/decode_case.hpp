@@ -92,7 +92,8 @@ inline std::vector<std::int32_t> draw_lengths(Batch batch, Draw& draw) {
 inline KvFormat draw_format(const decode::DecodeConfig& config, Draw& draw) {
   std::vector<KvFormat> formats = legal_formats();
   // Kernels have code of their own for them, or no other.
-  const bool whole_groups = config.product() == decode::Product::wgmma || draw.one_in(2);
+  const bool whole_groups =
+      config.product() == decode::Product::wgmma || (!config.page.has_blocks() && draw.one_in(2));
   std::erase_if(formats, [&](const KvFormat& f) {
     return !decode::serves(config, f) || decode::has_whole_groups(f) != whole_groups;
   });
@@ -290,6 +291,12 @@ inline void poison_masked(CacheBox& box, Draw& draw) {
       for (int head = 0; head < c.num_kv_heads; ++head) {
         std::uint8_t* bytes = c.pool + c.page_offset(c.block_table[b * c.max_pages], head);
         const PageReader page{c.format, bytes};
+        if (page.blocks()) {
+          const int channel = 32 * draw.between(0, c.format.head_dim / 32 - 1);
+          bytes[page.v_exponent(token, channel)] = 31;  // NaN
+          bytes[page.k_exponent(token, channel)] = 31;
+          continue;
+        }
         const auto poison = [&](int offset) {
           const std::uint16_t bits = draw.one_in(2) ? 0x7c00 : 0xfe00;  // inf, NaN
           std::memcpy(bytes + offset, &bits, sizeof bits);

@@ -266,7 +266,7 @@ void check_batches() {
   }
 }
 
-constexpr KAxis kChannel = KAxis::channel, kToken = KAxis::token;
+constexpr KAxis kChannel = KAxis::channel, kToken = KAxis::token, kBlock = KAxis::block;
 constexpr decode::Arch kSm80 = decode::Arch::sm80, kSm90 = decode::Arch::sm90;
 
 }  // namespace
@@ -320,6 +320,19 @@ TEST_CASE("sm90, 4/2 bits per token, head_dim 64, 32 columns") {
 }
 TEST_CASE("sm90, 2/4 bits per channel, head_dim 64, 64 columns") {
   check_batches<Row<kSm90, 2, 4, kChannel, 64, 64>>();
+}
+
+TEST_CASE("sm90, 4/4 bits in blocks, head_dim 128, 4 columns") {
+  check_batches<Row<kSm90, 4, 4, kBlock, 128, 4>>();
+}
+TEST_CASE("sm80, 2/2 bits in blocks, head_dim 64, 4 columns") {
+  check_batches<Row<kSm80, 2, 2, kBlock, 64, 4>>();
+}
+TEST_CASE("sm90, 2/4 bits in blocks, head_dim 128, 8 columns") {
+  check_batches<Row<kSm90, 2, 4, kBlock, 128, 8>>();
+}
+TEST_CASE("sm80, 4/2 bits in blocks, head_dim 64, 16 columns") {
+  check_batches<Row<kSm80, 4, 2, kBlock, 64, 16>>();
 }
 
 TEST_CASE("more than 1024 sequences") {

@@ -64,6 +64,9 @@ EmulatedResult emulate_any(const PackCase& c, std::mt19937& random) {
     if (f.k_axis == KAxis::channel) {
       return emulate<PageConfig{KBits, VBits, KAxis::channel, HeadDim}>(c, random);
     }
+    if (f.has_blocks()) {
+      return emulate<PageConfig{KBits, VBits, KAxis::block, HeadDim}>(c, random);
+    }
     return emulate<PageConfig{KBits, VBits, KAxis::token, HeadDim}>(c, random);
   };
   const auto by_head_dim = [&]<int KBits, int VBits> {
@@ -115,6 +118,9 @@ TEST_CASE("every family of values, with and without norms and first tokens") {
         const KvFormat f{.k_group = 64, .v_group = 64, .token_norm = norm};
         ++seed;
         check(PackCase(f, Family(family), ElementType::f16, keep_first, seed), seed);
+        if (norm) continue;
+        const KvFormat blocks{.v_bits = 2, .k_axis = KAxis::block, .k_group = 32, .v_group = 32};
+        check(PackCase(blocks, Family(family), ElementType::f16, keep_first, seed), seed);
       }
     }
   }

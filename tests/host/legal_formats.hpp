@@ -16,6 +16,7 @@ inline std::vector<KvFormat> legal_formats() {
       for (f.k_bits = 2; f.k_bits <= 4; f.k_bits += 2) {
         for (f.v_bits = 2; f.v_bits <= 4; f.v_bits += 2) {
           for (const bool norm : {false, true}) {
+            if (norm && axis == KAxis::block) continue;
             f.token_norm = norm;
             all.push_back(f);
           }
@@ -30,6 +31,8 @@ inline std::vector<KvFormat> legal_formats() {
         add_k_groups(f, KAxis::channel, f.page_tokens);
         add_k_groups(f, KAxis::token, f.head_dim);
       }
+      f.v_group = 32;
+      add_k_groups(f, KAxis::block, 32);
     }
   }
   return all;

@@ -22,21 +22,37 @@ struct DequantizedHead {
   std::vector<double> k, v, k_size, v_size;
 };
 
+// code * scale and zero of an element.
+struct Terms {
+  double step, zero;
+};
+
+inline Terms read_element(const PageReader& page, bool is_k, int token, int channel) {
+  const int bits = is_k ? page.f.k_bits : page.f.v_bits;
+  const double code =
+      page.code(is_k ? page.k_place(token, channel) : page.v_place(token, channel), bits);
+  if (page.blocks()) {
+    const int exponent =
+        page.bytes[is_k ? page.k_exponent(token, channel) : page.v_exponent(token, channel)];
+    const double scale = exponent == 0 ? 0. : exponent == 31 ? NAN : std::ldexp(1., exponent - 15);
+    return {code * scale, scale * (bits == 2 ? -1.5 : -7.5)};
+  }
+  const auto fp16 = [&page](int at) { return double{format::float_from_fp16(page.fp16(at))}; };
+  return is_k ? Terms{code * fp16(page.k_scale(token, channel)), fp16(page.k_zero(token, channel))}
+              : Terms{code * fp16(page.v_scale(token, channel)), fp16(page.v_zero(token, channel))};
+}
+
 inline void read_packed(const PageReader& page, int token, double* k, double* v, double* k_size,
                         double* v_size) {
-  const auto fp16 = [&page](int at) { return double{format::float_from_fp16(page.fp16(at))}; };
-  const double norm = page.f.token_norm ? fp16(page.norm(token)) : 1.;
+  const double norm =
+      page.f.token_norm ? double{format::float_from_fp16(page.fp16(page.norm(token)))} : 1.;
   for (int c = 0; c < page.f.head_dim; ++c) {
-    const double k_code = page.code(page.k_place(token, c), page.f.k_bits);
-    const double k_step = k_code * fp16(page.k_scale(token, c)),
-                 k_zero = fp16(page.k_zero(token, c));
-    const double v_code = page.code(page.v_place(token, c), page.f.v_bits);
-    const double v_step = v_code * fp16(page.v_scale(token, c)),
-                 v_zero = fp16(page.v_zero(token, c));
-    k[c] = (k_step + k_zero) * norm;
-    v[c] = v_step + v_zero;
-    k_size[c] = (std::abs(k_step) + std::abs(k_zero)) * norm;
-    v_size[c] = std::abs(v_step) + std::abs(v_zero);
+    const Terms key = read_element(page, true, token, c);
+    const Terms value = read_element(page, false, token, c);
+    k[c] = (key.step + key.zero) * norm;
+    v[c] = value.step + value.zero;
+    k_size[c] = (std::abs(key.step) + std::abs(key.zero)) * norm;
+    v_size[c] = std::abs(value.step) + std::abs(value.zero);
   }
 }
 

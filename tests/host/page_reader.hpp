@@ -21,12 +21,14 @@ struct PageReader {
 
   // ---- sections of chunk c, bytes from the start of the record ----
   bool per_channel() const { return f.k_axis == KAxis::channel; }
+  bool blocks() const { return f.k_axis == KAxis::block; }
   int groups_before(int c) const {
     return per_channel() ? (64 * c + f.k_group - 1) / f.k_group : 0;
   }
   int groups_in(int c) const { return groups_before(c + 1) - groups_before(c); }
-  int k_token_bytes() const { return per_channel() ? 0 : 256 * (f.head_dim / f.k_group); }
-  int v_parameter_bytes() const { return 256 * (f.head_dim / f.v_group); }
+  int group_bytes() const { return blocks() ? 64 : 256; }  // of a group of channels, 64 tokens
+  int k_token_bytes() const { return per_channel() ? 0 : group_bytes() * (f.head_dim / f.k_group); }
+  int v_parameter_bytes() const { return group_bytes() * (f.head_dim / f.v_group); }
   int chunk(int c) const {
     const int every_chunk = 8 * f.head_dim * (f.k_bits + f.v_bits) + v_parameter_bytes() +
                             k_token_bytes() + (f.token_norm ? 128 : 0);
@@ -84,6 +86,16 @@ struct PageReader {
     return token_plane(v_parameters(token / 64), 2 * (channel / f.v_group), token);
   }
   int v_zero(int token, int channel) const { return v_scale(token, channel) + 128; }
+  // Of blocks, which have neither scales nor zeros: a byte.
+  int exponent_plane(int section, int block, int token) const {
+    return section + 64 * block + 8 * (token % 8) + token % 64 / 8;
+  }
+  int k_exponent(int token, int channel) const {
+    return exponent_plane(k_token_parameters(token / 64), channel / 32, token);
+  }
+  int v_exponent(int token, int channel) const {
+    return exponent_plane(v_parameters(token / 64), channel / 32, token);
+  }
   int norm(int token) const { return token_plane(token_norms(token / 64), 0, token); }
 
   std::uint16_t fp16(int offset) const {

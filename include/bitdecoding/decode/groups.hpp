@@ -18,6 +18,15 @@ struct WholeGroups {
   static constexpr bool token_norm() { return false; }
 };
 
+// Blocks of 32 channels of K and V.
+struct BlockGroups {
+  static constexpr int kMostChunkGroups = 1;
+  static constexpr int kMostValueGroups = layout::kMaxHeadDim / 32;
+  static constexpr int k_token_group() { return 32; }
+  static constexpr int v_group() { return 32; }
+  static constexpr bool token_norm() { return false; }
+};
+
 struct AnyGroups {
   const KvFormat& format;
 
@@ -31,7 +40,7 @@ struct AnyGroups {
 
 constexpr bool has_whole_groups(const KvFormat& f) {
   const bool whole_k =
-      f.k_axis == KAxis::token ? f.k_group == f.head_dim : f.k_group >= kChunkTokens;
+      f.k_axis == KAxis::channel ? f.k_group >= kChunkTokens : f.k_group == f.head_dim;
   return whole_k && f.v_group == f.head_dim && !f.token_norm;
 }
 

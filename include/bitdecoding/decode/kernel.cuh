@@ -59,6 +59,7 @@ class DecodeCta {
   using S = Shape<Config>;
   using Threads = StreamThreads<Config>;
   static_assert(!Wgmma<S> || Config.arch == Arch::sm90, "wgmma is sm_90a's");
+  static_assert(!Wgmma<S> || !Config.page.has_blocks(), "wgmma needs whole groups");
 
   __device__ DecodeCta(const DecodeArguments& a, std::uint8_t* smem) : a_(a), smem_(smem) {}
 
@@ -68,6 +69,9 @@ class DecodeCta {
     if (items.total > 0 && static_cast<int>(blockIdx.x) < ctas) {
       if constexpr (Wgmma<S>) {
         GroupStream<Config> mine(a_, group_storage(Threads::stream()));
+        stream(mine, items);
+      } else if constexpr (Config.page.has_blocks()) {
+        StreamOf<Config, BlockGroups> mine(a_, {}, arch::lane_id());
         stream(mine, items);
       } else if (a_.has_whole_groups) {
         StreamOf<Config, WholeGroups<S::head_dim>> mine(a_, {}, arch::lane_id());

@@ -21,7 +21,7 @@ enum PackedItem { whole_page, first_of_page, second_of_page };
 constexpr PackedBytes packed_bytes(const layout::PageRecord& record, PackedItem item) {
   const KvFormat& f = record.format();
   // Groups span two chunks at most.
-  const bool second_begins = f.k_axis == KAxis::token || f.k_group <= kChunkTokens;
+  const bool second_begins = f.k_axis != KAxis::channel || f.k_group <= kChunkTokens;
   const int later = second_begins ? ItemTokens::later_groups : 0;
   switch (item) {
     case whole_page: return {0, 0, record.chunk(f.chunks()), ItemTokens::new_group | later};

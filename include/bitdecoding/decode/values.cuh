@@ -44,24 +44,44 @@ template <class S, class Groups, class Page>
 __device__ void clear_values(const Page& page, const Groups& groups, int begin, int lane) {
   const int row = lane / 4, first = first_row(begin, lane);
   for (int group = 0; group * groups.v_group() < S::head_dim; ++group) {
-    for (int which = lane % 4; which < 2; which += 4) {
-      uint4& values = page.v_token_vectors(group)(row, which);
+    if constexpr (S::page.has_blocks()) {
+      if (lane % 4 != 0) continue;
+      uint2& exponents = page.v_exponent_vectors(group)(row);
       const auto keep = [&](int i) {
-        return (i >= first ? 0x0000ffffu : 0u) | (i + 1 >= first ? 0xffff0000u : 0u);
+        const int before = min(max(first - i, 0), 4);  // of four bytes
+        return before < 4 ? ~0u << 8 * before : 0u;
       };
-      values = {values.x & keep(0), values.y & keep(2), values.z & keep(4), values.w & keep(6)};
+      exponents = {exponents.x & keep(0), exponents.y & keep(4)};
+    } else {
+      for (int which = lane % 4; which < 2; which += 4) {
+        uint4& values = page.v_token_vectors(group)(row, which);
+        const auto keep = [&](int i) {
+          return (i >= first ? 0x0000ffffu : 0u) | (i + 1 >= first ? 0xffff0000u : 0u);
+        };
+        values = {values.x & keep(0), values.y & keep(2), values.z & keep(4), values.w & keep(6)};
+      }
     }
   }
   __syncwarp();
 }
 
 template <class S>
-__device__ float sum_of_zeros(const RowValues& zeros, const ScoreTensor<S, kChunkBlocks>& tSrP,
+__device__ float weighted_sum(const RowValues& values, const ScoreTensor<S, kChunkBlocks>& tSrP,
                               int c) {
   float sum = 0.f;
 #pragma unroll
-  for (int row = 0; row < 2 * kChunkBlocks; ++row) sum += tSrP(row % 2, c, row / 2) * zeros(row);
+  for (int row = 0; row < 2 * kChunkBlocks; ++row) sum += tSrP(row % 2, c, row / 2) * values(row);
   return sum;
+}
+template <class S>
+__device__ float sum_of_zeros(const RowParameters& v, const ScoreTensor<S, kChunkBlocks>& tSrP,
+                              int c) {
+  return weighted_sum<S>(v.zeros, tSrP, c);
+}
+template <class S, int Bits>
+__device__ float sum_of_zeros(const BlockParameters<Bits>& v,
+                              const ScoreTensor<S, kChunkBlocks>& tSrP, int c) {
+  return -format::block_middle(Bits) * weighted_sum<S>(v.scales, tSrP, c);
 }
 
 // V^T of 16 fp16 tokens as A, Tiles tiles of channels; tokens from `end` on hold anything and become

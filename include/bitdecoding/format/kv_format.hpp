@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // KvFormat: what the codes of a packed KV cache mean, as one value. Everything about a page (sizes,
 // offsets, layouts, kernels) is a function of it. `why_invalid` is the only statement of its rules.
-//   canonical name   k4v2_c128_v64_p128_d128[_norm]   (t64, not c128: K groups along channels)
+//   canonical name   k4v2_c128_v64_p128_d128[_norm]   (t64, not c128: K groups along channels;
+//                    b32 and v32: K and V in blocks)
 #pragma once
 
 #include <charconv>
@@ -24,6 +25,7 @@ inline constexpr int kChunkTokens = 64;
 enum class KAxis : std::uint8_t {
   channel,  // k_group tokens of one channel (KIVI's choice; outlier channels keep their own scale)
   token,    // k_group channels of one token
+  block,    // 32 channels of one token, and so V: a power of two, symmetric codes, no zero-point
 };
 
 struct KvFormat {
@@ -38,6 +40,7 @@ struct KvFormat {
 
   friend constexpr bool operator==(const KvFormat&, const KvFormat&) = default;
 
+  constexpr bool has_blocks() const { return k_axis == KAxis::block; }
   constexpr int chunks() const { return page_tokens / kChunkTokens; }
   constexpr int v_groups() const { return head_dim / v_group; }
   // K groups of a page along the grouped axis: token runs of a page, or channel runs of a token.
@@ -78,8 +81,13 @@ constexpr BrokenRule why_invalid(const KvFormat& f) {
     if (!is_channel_group(f.k_group, f.head_dim)) {
       return {"k_group", f.k_group, "32, 64, 128 channels, at most head_dim (K per token)"};
     }
+  } else if (f.has_blocks()) {
+    if (f.k_group != 32) return {"k_group", f.k_group, "32 channels (blocks)"};
+    if (f.v_group != 32) return {"v_group", f.v_group, "32 channels (blocks)"};
+    // An exponent follows its token's magnitude already.
+    if (f.token_norm) return {"token_norm", 1, "0, which is false (blocks)"};
   } else {
-    return {"k_axis", static_cast<int>(f.k_axis), "channel, token"};
+    return {"k_axis", static_cast<int>(f.k_axis), "channel, token, block"};
   }
   if (!is_channel_group(f.v_group, f.head_dim)) {
     return {"v_group", f.v_group, "32, 64, 128 channels, at most head_dim"};
@@ -100,9 +108,9 @@ inline Status validate(const KvFormat& f) {
 // The canonical name. Defined for every value, valid or not, so that messages can print it.
 inline std::string name(const KvFormat& f) {
   std::ostringstream text;
-  text << 'k' << f.k_bits << 'v' << f.v_bits << '_' << (f.k_axis == KAxis::channel ? 'c' : 't')
-       << f.k_group << "_v" << f.v_group << "_p" << f.page_tokens << "_d" << f.head_dim
-       << (f.token_norm ? "_norm" : "");
+  const char axis = f.has_blocks() ? 'b' : f.k_axis == KAxis::channel ? 'c' : 't';
+  text << 'k' << f.k_bits << 'v' << f.v_bits << '_' << axis << f.k_group << "_v" << f.v_group
+       << "_p" << f.page_tokens << "_d" << f.head_dim << (f.token_norm ? "_norm" : "");
   return text.str();
 }
 
@@ -110,7 +118,7 @@ inline std::string name(const KvFormat& f) {
 inline Status parse_kv_format(std::string_view text, KvFormat* result) {
   const Status malformed =
       invalid_argument("format = '", text,
-                       "'; allowed: k<bits>v<bits>_<c|t><group>_v<group>_p<tokens>_d<channels>"
+                       "'; allowed: k<bits>v<bits>_<c|t|b><group>_v<group>_p<tokens>_d<channels>"
                        "[_norm], for example k4v2_c128_v64_p128_d128");
   std::string_view rest = text;
   const auto literal = [&rest](std::string_view word) {
@@ -133,6 +141,8 @@ inline Status parse_kv_format(std::string_view text, KvFormat* result) {
     f.k_axis = KAxis::channel;
   } else if (literal("_t")) {
     f.k_axis = KAxis::token;
+  } else if (literal("_b")) {
+    f.k_axis = KAxis::block;
   } else {
     return malformed;
   }

@@ -4,6 +4,11 @@
 // All arithmetic is IEEE fp32, round to nearest. Products are exact or not added to (fusing them
 // into a sum changes nothing) and no fp32 subnormal arises (nor does flushing them). Asymmetric as
 // in the BitDecoding paper, with NaN, overflow, constant groups and first tokens made exact.
+//   blocks (KAxis::block)      value ~ (code - 7.5) * 2^e, 2 bits: (code - 1.5) * 2^e
+// are the same with scale = 2^e, zero = -7.5 * 2^e or -1.5 * 2^e; one byte stands for both. Magnitudes
+// beyond the last code are clamped: up to 10 * 2^e instead of 8 * 2^e, or 3.5 instead of 2. Over
+// blocks of 32 Gaussian values that leaves 77% (4 bits) and 50% (2 bits) of the mean squared error
+// without; Laplace, Student t and Hadamard-rotated ones fare alike, and no other clip much better.
 #pragma once
 
 #include <bit>
@@ -73,6 +78,36 @@ struct GroupCoder {
     return std::bit_cast<std::uint32_t>(clamped + 12582912.f) & 0xffu;
   }
 };
+
+// ---- blocks (KAxis::block) ----
+
+// The exponent field of the fp16 number 2^e, 1..30; of the others, all values 0 or one of them NaN:
+inline constexpr std::uint8_t kZeroBlock = 0, kNaNBlock = 31;
+
+// Where the code of 0 would be: between the two in the middle.
+constexpr float block_middle(int bits) { return bits == 2 ? 1.5f : 7.5f; }
+// The largest magnitude of a block with e = 0.
+constexpr float block_limit(int bits) { return bits == 2 ? 3.5f : 10.f; }
+
+// The smallest e with largest <= block_limit * 2^e, at least -14 (and never above 15: see fp16).
+constexpr std::uint8_t block_exponent(const GroupRange& range, int bits) {
+  if (range.has_nan) return kNaNBlock;
+  const float largest = -range.low > range.high ? -range.low : range.high;
+  if (!(largest > 0.f)) return kZeroBlock;
+  // Patterns of positive floats are ordered, and an octave is 2^23 of them.
+  constexpr int kOctave = 1 << 23;
+  const int above = std::bit_cast<std::int32_t>(largest) -
+                    std::bit_cast<std::int32_t>(block_limit(bits)) + kOctave - 1;
+  const int e = above >> 23;  // rounds down
+  return static_cast<std::uint8_t>((e > -14 ? e : -14) + 15);
+}
+
+constexpr GroupParameters block_parameters(std::uint8_t exponent, int bits) {
+  if (exponent == kZeroBlock) return {};
+  if (exponent == kNaNBlock) return {kFp16NaN, kFp16NaN};
+  const auto scale = static_cast<std::uint16_t>(exponent << 10);
+  return {scale, fp16_from_float(-block_middle(bits) * float_from_fp16(scale))};
+}
 
 constexpr float dequantize(std::uint32_t code, const GroupParameters& p) {
   return static_cast<float>(code) * float_from_fp16(p.scale) + float_from_fp16(p.zero);

@@ -29,6 +29,7 @@ struct alignas(4 * Words) Unit {
 template <PageConfig Config, class Byte = std::uint8_t>
 class PackedKvPage {
  public:
+  static constexpr PageConfig config = Config;
   using K = CodeShape<Config.k_bits, Config.head_dim>;
   using V = CodeShape<Config.v_bits, Config.head_dim>;
   using KUnit = Unit<K::k_unit_words>;
@@ -78,11 +79,25 @@ class PackedKvPage {
     return view<uint4>(record_.token_norms(0), cute::Layout<cute::_8>{});
   }
 
-  // ---- parameters; elements of one group alias one fp16 ----
+  // Of blocks: exponents of the first chunk's tokens 8i + g, eight bytes.
+  CUTE_HOST_DEVICE constexpr auto k_exponent_vectors(int block) const {  // (g)
+    return exponent_vectors(record_.k_token_parameters(0), block);
+  }
+  CUTE_HOST_DEVICE constexpr auto v_exponent_vectors(int block) const {  // (g)
+    return exponent_vectors(record_.v_parameters(0), block);
+  }
+
+  // ---- parameters; elements of one group alias one fp16, those of a block one byte ----
   CUTE_HOST_DEVICE constexpr auto k_scales() const { return k_parameters(0); }              // (N,D)
   CUTE_HOST_DEVICE constexpr auto k_zeros() const { return k_parameters(kKZeroDistance); }  // (N,D)
   CUTE_HOST_DEVICE constexpr auto v_scales() const { return v_parameters(0); }              // (N,D)
   CUTE_HOST_DEVICE constexpr auto v_zeros() const { return v_parameters(kChunkTokens); }    // (N,D)
+  CUTE_HOST_DEVICE constexpr auto k_exponents() const {                                     // (N,D)
+    return view<std::uint8_t>(record_.k_token_parameters(0), exponent_layout(record_));
+  }
+  CUTE_HOST_DEVICE constexpr auto v_exponents() const {  // (N,D)
+    return view<std::uint8_t>(record_.v_parameters(0), exponent_layout(record_));
+  }
   // Only where the format has token norms.
   CUTE_HOST_DEVICE constexpr auto token_norms() const {  // (N)
     return view<cutlass::half_t>(record_.token_norms(0), token_order_layout(record_));
@@ -104,6 +119,11 @@ class PackedKvPage {
     using namespace cute;
     return view<uint4>(offset_bytes + group * 2 * kChunkTokens * kParameter_bytes,
                        Layout<Shape<_8, _2>, Stride<_1, _8>>{});
+  }
+
+  CUTE_HOST_DEVICE constexpr auto exponent_vectors(int offset_bytes, int block) const {
+    return view<uint2>(offset_bytes + block * kChunkTokens * kExponent_bytes,
+                       cute::Layout<cute::_8>{});
   }
 
   template <int Bits, class LayoutType>

@@ -17,6 +17,7 @@ struct PageConfig {
   KAxis k_axis = KAxis::channel;
   int head_dim = 128;
 
+  constexpr bool has_blocks() const { return k_axis == KAxis::block; }
   friend constexpr bool operator==(const PageConfig&, const PageConfig&) = default;
 };
 

@@ -16,6 +16,7 @@ namespace bitdecoding::layout {
 inline constexpr int kSectionAlignment_bytes = 16;  // cp.async and bulk copies move 16-byte pieces
 inline constexpr int kRecordAlignment_bytes = 128;
 inline constexpr int kParameter_bytes = 2;  // fp16
+inline constexpr int kExponent_bytes = 1;   // of a block
 
 constexpr int round_up(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -42,15 +43,15 @@ class PageRecord {
   constexpr int v_codes_bytes() const { return codes_bytes(format_.v_bits); }
   constexpr int v_parameters_bytes() const { return token_parameters_bytes(format_.v_groups()); }
   constexpr int k_token_parameters_bytes() const {
-    return format_.k_axis == KAxis::token ? token_parameters_bytes(format_.k_groups()) : 0;
+    return format_.k_axis == KAxis::channel ? 0 : token_parameters_bytes(format_.k_groups());
   }
   constexpr int token_norms_bytes() const {
     return format_.token_norm ? kChunkTokens * kParameter_bytes : 0;
   }
 
-  // Channel-axis K groups whose first token lies in the chunk; 0 for the token axis.
+  // Channel-axis K groups whose first token lies in the chunk; 0 for other axes.
   constexpr int k_groups_beginning_in(int chunk) const {
-    if (format_.k_axis == KAxis::token) return 0;
+    if (format_.k_axis != KAxis::channel) return 0;
     if (format_.k_group <= kChunkTokens) return kChunkTokens / format_.k_group;
     return chunk * kChunkTokens % format_.k_group == 0 ? 1 : 0;
   }
@@ -82,8 +83,9 @@ class PageRecord {
  private:
   static constexpr int aligned(int bytes) { return round_up(bytes, kSectionAlignment_bytes); }
   constexpr int codes_bytes(int bits) const { return kChunkTokens * format_.head_dim * bits / 8; }
-  static constexpr int token_parameters_bytes(int groups) {
-    return groups * 2 * kChunkTokens * kParameter_bytes;
+  constexpr int token_parameters_bytes(int groups) const {
+    const int of_token = format_.has_blocks() ? kExponent_bytes : 2 * kParameter_bytes;
+    return groups * kChunkTokens * of_token;
   }
 
   KvFormat format_;
@@ -95,6 +97,8 @@ class PageRecord {
 
 static_assert(PageRecord({.k_bits = 4, .v_bits = 4}).page_bytes() == 17408);
 static_assert(PageRecord({.k_bits = 2, .v_bits = 2}).page_bytes() == 9216);
+static_assert(PageRecord({.k_axis = KAxis::block, .k_group = 32, .v_group = 32}).page_bytes() ==
+              17408);
 
 }  // namespace bitdecoding::layout
 

@@ -4,6 +4,7 @@
 // the modes inside a group have stride 0. Zero-points follow their scales at a fixed distance.
 //   channel axis (K): channel 8i + 2t + h at t * D/4 + 2i + h: lane t reads its query's pairs
 //   token axis (V, K): token 8i + g of a chunk at 8g + i: lane g reads its accumulator's rows
+//   blocks: likewise, a byte each, without zero-points
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -27,10 +28,11 @@ constexpr auto channel_parameter_layout(const PageRecord& record) {
 }
 
 // (token P) -> element, from the first chunk's plane of 64 values.
+template <int Element_bytes = kParameter_bytes>
 constexpr auto token_order_layout(const PageRecord& record) {
   using namespace cute;
   return make_layout(make_shape(_8{}, _8{}, record.format().chunks()),
-                     make_stride(_8{}, _1{}, record.chunk_stride() / kParameter_bytes));
+                     make_stride(_8{}, _1{}, record.chunk_stride() / Element_bytes));
 }
 
 // (token P, channel) -> element, from the first chunk's scales. Zeros lie kChunkTokens further.
@@ -40,6 +42,15 @@ constexpr auto token_parameter_layout(const PageRecord& record, int group_channe
   return make_layout(
       token_order_layout(record),
       make_layout(make_shape(group_channels, groups), make_stride(_0{}, Int<2 * kChunkTokens>{})));
+}
+
+// (token P, channel) -> byte, from the first chunk's exponents of blocks.
+constexpr auto exponent_layout(const PageRecord& record) {
+  using namespace cute;
+  const KvFormat& f = record.format();
+  return make_layout(
+      token_order_layout<kExponent_bytes>(record),
+      make_layout(make_shape(f.v_group, f.v_groups()), make_stride(_0{}, Int<kChunkTokens>{})));
 }
 
 }  // namespace bitdecoding::layout

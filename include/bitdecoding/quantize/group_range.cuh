@@ -84,6 +84,25 @@ __device__ GroupResult group_result(__half2 low_and_negated_high) {
           {zero, __fmul_rn(inverse, kUnit)}};
 }
 
+// A block as the page and as the table hold it.
+struct BlockResult {
+  std::uint8_t parameters;  // its exponent
+  Coder coder;
+};
+
+// format::block_exponent, block_parameters and GroupCoder, whose operations are all exact.
+template <int Bits>
+__device__ BlockResult block_result(__half2 low_and_negated_high) {
+  const float2 range = __half22float2(saturate(low_and_negated_high));
+  const bool has_nan = range.x != range.x || range.y != range.y;
+  const int exponent = format::block_exponent({range.x, -range.y, has_nan}, Bits);
+  const auto stored = static_cast<std::uint8_t>(exponent);
+  if (exponent == format::kZeroBlock || exponent == format::kNaNBlock) return {stored, {0.f, 0.f}};
+  const auto power_of_two = [](int e) { return __int_as_float((e + 127) << 23); };
+  const float zero = __fmul_rn(-format::block_middle(Bits), power_of_two(exponent - 15));
+  return {stored, {zero, power_of_two(15 - exponent - Bits)}};
+}
+
 // Ranges along tokens, one per run: range[token / 32][channel]; tokens before `first_token` count
 // for nothing. A warp reads rows of 32 channel pairs.
 template <int Threads, class Tile>
@@ -137,7 +156,7 @@ __device__ void find_token_ranges(const Tile& sX, int tokens, int group_channels
 
 // Calls visit(group, column, parameters) for all groups of a tile of `columns` columns, a power of
 // two, and leaves the coders. A group's range is that of `rows` rows of the table.
-template <int Threads, int Bits, class Visit>
+template <int Threads, int Bits, KAxis Axis, class Visit>
 __device__ void visit_groups(GroupTable& table, int groups, int columns, int rows,
                              const Visit& visit) {
   const int columns_log2 = log2_of(columns);
@@ -149,7 +168,13 @@ __device__ void visit_groups(GroupTable& table, int groups, int columns, int row
     for (int row = 1; row < rows; ++row) {
       range = __hmin2_nan(range, table.range[group * rows + row][column]);
     }
-    const GroupResult result = group_result<Bits>(range);
+    const auto result = [&] {
+      if constexpr (Axis == KAxis::block) {
+        return block_result<Bits>(range);
+      } else {
+        return group_result<Bits>(range);
+      }
+    }();
     visit(group, column, result.parameters);
     table.coder[group][column] = result.coder;
   }

@@ -65,6 +65,21 @@ __device__ inline PackTask find_task(const PackProblem& p, int* error_word) {
   return task;
 }
 
+// What stores a group's parameters: (token, channel, parameters). All tensors (N,D).
+template <class Scales, class Zeros>
+__device__ auto storing(const Scales& gScale, const Zeros& gZero) {
+  return [=](const auto& token, const auto& channel, const format::GroupParameters& parameters) {
+    gScale(token, channel) = cutlass::half_t::bitcast(parameters.scale);
+    gZero(token, channel) = cutlass::half_t::bitcast(parameters.zero);
+  };
+}
+template <class Exponents>
+__device__ auto storing(const Exponents& gExponent) {
+  return [=](const auto& token, const auto& channel, std::uint8_t exponent) {
+    gExponent(token, channel) = exponent;
+  };
+}
+
 // The K half of a page from load(sK), which fills a tile (N,D) with fp16; the page's tokens before
 // `first_token` don't widen the ranges of channel groups.
 template <layout::PageConfig Config, class Load, class Page, class Storage>
@@ -80,19 +95,19 @@ __device__ void pack_k(const Load& load, int first_token, const Page& page, Stor
                                   [&](int token, cutlass::half_t norm) { gNorm(token) = norm; });
     __syncthreads();
   }
-  const auto gScale = page.k_scales();  // (N,D)
-  const auto gZero = page.k_zeros();    // (N,D)
-  const auto store = [&](const auto& token, const auto& channel,
-                         const format::GroupParameters& parameters) {
-    gScale(token, channel) = cutlass::half_t::bitcast(parameters.scale);
-    gZero(token, channel) = cutlass::half_t::bitcast(parameters.zero);
-  };
+  const auto store = [&] {
+    if constexpr (Config.has_blocks()) {
+      return storing(page.k_exponents());
+    } else {
+      return storing(page.k_scales(), page.k_zeros());
+    }
+  }();
   const int group_log2 = log2_of(format.k_group);
   if constexpr (Config.k_axis == KAxis::channel) {
     find_channel_ranges<kPackThreads>(sK, tokens, first_token, s.groups);
     __syncthreads();
     const int in_chunk_log2 = max(log2_of(kChunkTokens) - group_log2, 0);  // groups of a chunk
-    visit_groups<kPackThreads, Config.k_bits>(
+    visit_groups<kPackThreads, Config.k_bits, Config.k_axis>(
         s.groups, tokens >> group_log2, Config.head_dim, format.k_group / kRunValues,
         [&](int group, int channel, const auto& parameters) {
           const int in_chunk = group & ((1 << in_chunk_log2) - 1);
@@ -101,11 +116,11 @@ __device__ void pack_k(const Load& load, int first_token, const Page& page, Stor
   } else {
     find_token_ranges<kPackThreads>(sK, tokens, format.k_group, s.groups);
     __syncthreads();
-    visit_groups<kPackThreads, Config.k_bits>(s.groups, Config.head_dim >> group_log2, tokens, 1,
-                                              [&](int group, int token, const auto& parameters) {
-                                                store(token, cute::make_coord(0, group),
-                                                      parameters);
-                                              });
+    visit_groups<kPackThreads, Config.k_bits, Config.k_axis>(
+        s.groups, Config.head_dim >> group_log2, tokens, 1,
+        [&](int group, int token, const auto& parameters) {
+          store(token, cute::make_coord(0, group), parameters);
+        });
   }
   __syncthreads();
   pack_k_units<Config, kPackThreads>(page, sK, s.groups);
@@ -121,14 +136,17 @@ __device__ void pack_v(const Load& load, const Page& page, Storage& s) {
   __syncthreads();
   find_token_ranges<kPackThreads>(sV, tokens, format.v_group, s.groups);
   __syncthreads();
-  const auto gScale = page.v_scales();  // (N,D)
-  const auto gZero = page.v_zeros();    // (N,D)
-  visit_groups<kPackThreads, Config.v_bits>(
+  const auto store = [&] {
+    if constexpr (Config.has_blocks()) {
+      return storing(page.v_exponents());
+    } else {
+      return storing(page.v_scales(), page.v_zeros());
+    }
+  }();
+  visit_groups<kPackThreads, Config.v_bits, Config.k_axis>(
       s.groups, Config.head_dim >> log2_of(format.v_group), tokens, 1,
-      [&](int group, int token, const format::GroupParameters& parameters) {
-        const auto channel = cute::make_coord(0, group);
-        gScale(token, channel) = cutlass::half_t::bitcast(parameters.scale);
-        gZero(token, channel) = cutlass::half_t::bitcast(parameters.zero);
+      [&](int group, int token, const auto& parameters) {
+        store(token, cute::make_coord(0, group), parameters);
       });
   __syncthreads();
   pack_v_units<Config, kPackThreads>(page, sV, s.groups);

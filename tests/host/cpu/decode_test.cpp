@@ -146,7 +146,8 @@ std::vector<KvFormat> one_format_per_page_config() {
   for (const KvFormat& f : legal_formats()) {
     const int longest = f.k_axis == KAxis::channel ? f.page_tokens : f.head_dim;
     const bool norm = f.k_bits == f.v_bits;
-    if (f.k_group == longest && f.v_group == 64 && f.page_tokens == 128 && f.token_norm == norm) {
+    const bool groups = f.has_blocks() || (f.k_group == longest && f.v_group == 64);
+    if (groups && f.page_tokens == 128 && f.token_norm == (norm && !f.has_blocks())) {
       formats.push_back(f);
     }
   }
@@ -158,7 +159,7 @@ TEST_CASE("zones and every boundary of lengths") {
     int first, last;
   };
   const auto formats = one_format_per_page_config();
-  REQUIRE(formats.size() == 16);
+  REQUIRE(formats.size() == 24);
   unsigned seed = 0;
   for (const Zones& zones :
        {Zones{0, 0}, Zones{16, 64}, Zones{1, 1}, Zones{64, 0}, Zones{128, 100}}) {
@@ -169,7 +170,7 @@ TEST_CASE("zones and every boundary of lengths") {
     }
     for (const KvFormat& format : formats) {
       ++seed;
-      std::vector<int> all;  // every other one: eight formats see each
+      std::vector<int> all;  // every other one: twelve formats see each
       unsigned turn = seed;
       for (const int length : lengths) {
         if (++turn % 2 == 0) all.push_back(length);

@@ -49,13 +49,21 @@ class ReferencePage {
         const Group& key = k_groups[static_cast<std::size_t>(
             token / k_tokens * (f_.head_dim / k_channels) + channel / k_channels)];
         put_code(at_.k_place(token, channel), code(value(k, token, channel), key, f_.k_bits));
-        put_fp16(at_.k_scale(token, channel), key.scale);
-        put_fp16(at_.k_zero(token, channel), key.zero);
+        if (at_.blocks()) {
+          put_exponent(at_.k_exponent(token, channel), key.scale);
+        } else {
+          put_fp16(at_.k_scale(token, channel), key.scale);
+          put_fp16(at_.k_zero(token, channel), key.zero);
+        }
         const Group& val = v_groups[static_cast<std::size_t>(token * (f_.head_dim / f_.v_group) +
                                                              channel / f_.v_group)];
         put_code(at_.v_place(token, channel), code(value(v, token, channel), val, f_.v_bits));
-        put_fp16(at_.v_scale(token, channel), val.scale);
-        put_fp16(at_.v_zero(token, channel), val.zero);
+        if (at_.blocks()) {
+          put_exponent(at_.v_exponent(token, channel), val.scale);
+        } else {
+          put_fp16(at_.v_scale(token, channel), val.scale);
+          put_fp16(at_.v_zero(token, channel), val.zero);
+        }
       }
     }
   }
@@ -113,9 +121,18 @@ class ReferencePage {
       }
     }
     if (low > high) return {0.f, 0.f};
+    if (at_.blocks()) return block_of(std::max(std::abs(low), std::abs(high)), bits);
     const float zero = low == 0.f ? 0.f : low;
     const float step = (high - zero) / static_cast<float>((1 << bits) - 1);
     return {rn16(step == 0.f ? 0.f : step), zero};  // +0 here too
+  }
+
+  static Group block_of(float largest, int bits) {
+    if (largest == 0.f) return {0.f, 0.f};
+    int e = -14;
+    while (largest > std::ldexp(bits == 2 ? 3.5 : 10., e)) ++e;
+    const float scale = std::ldexp(1.f, e);
+    return {scale, scale * (bits == 2 ? -1.5f : -7.5f)};
   }
 
   static int code(float x, const Group& group, int bits) {
@@ -129,6 +146,10 @@ class ReferencePage {
   void put_code(CodePlace place, int code) {
     auto& byte = bytes[static_cast<std::size_t>(place.byte)];
     byte = static_cast<std::uint8_t>(byte | code << place.bit);
+  }
+  void put_exponent(int at, float scale) {
+    const int exponent = std::isnan(scale) ? 31 : scale == 0.f ? 0 : std::ilogb(scale) + 15;
+    bytes[static_cast<std::size_t>(at)] = static_cast<std::uint8_t>(exponent);
   }
   void put_fp16(int at, float x) {
     const std::uint16_t bits = fp16_bits(x);

@@ -106,10 +106,13 @@ static_assert(bits_per_element({.k_bits = 4, .v_bits = 4}) == 4.25);
 static_assert(bits_per_element({.k_bits = 2, .v_bits = 2}) == 2.25);
 static_assert(bits_per_element({.k_bits = 4, .v_bits = 2}) == 3.25);
 
-TEST_CASE("bits per element are the codes', plus 32 for every group") {
+static_assert(bits_per_element({.k_axis = KAxis::block, .k_group = 32, .v_group = 32}) == 4.25);
+
+TEST_CASE("bits per element are the codes', plus 32 for every group or 8 for every block") {
   for (const KvFormat& f : test::legal_formats()) {
     const double norm = f.token_norm ? 16.0 / f.head_dim : 0.0;
-    const double k = f.k_bits + 32.0 / f.k_group + norm, v = f.v_bits + 32.0 / f.v_group;
+    const double group = f.has_blocks() ? 8.0 : 32.0;
+    const double k = f.k_bits + group / f.k_group + norm, v = f.v_bits + group / f.v_group;
     CHECK(bits_per_element(f) == doctest::Approx((k + v) / 2));
   }
 }

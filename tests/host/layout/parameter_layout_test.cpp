@@ -87,6 +87,29 @@ void check_v(const KvFormat& f) {
   }
 }
 
+// Exponents are bytes in the order of the fp16 planes, the next block 64 further.
+void check_blocks(const KvFormat& f) {
+  const PageRecord record(f);
+  const auto layout = exponent_layout(record);
+  REQUIRE(is_one_value_per_group(
+      f, layout, [&](int token, int channel) { return token * f.v_groups() + channel / 32; }));
+  std::vector<char> used(record.page_bytes());
+  for (int token = 0; token < f.page_tokens; ++token) {
+    for (int channel = 0; channel < f.head_dim; ++channel) {
+      const int byte = layout(token, channel);
+      REQUIRE(byte == token / 64 * record.chunk_stride() + 64 * (channel / 32) + 8 * (token % 8) +
+                          token % 64 / 8);
+      used.at(record.v_parameters(0) + byte) = 1;
+      used.at(record.k_token_parameters(0) + byte) = 1;
+    }
+  }
+  for (int chunk = 0; chunk < f.chunks(); ++chunk) {
+    for (int i = 0; i < 2 * record.v_parameters_bytes(); ++i) {
+      REQUIRE(used.at(record.v_parameters(chunk) + i));
+    }
+  }
+}
+
 // Byte offsets of all parameters a format stores, scales and zeros.
 template <int HeadDim>
 std::vector<int> parameter_bytes(const KvFormat& f) {
@@ -128,16 +151,21 @@ void check_coverage(const KvFormat& f) {
   CHECK(used == expected);
 }
 
-TEST_CASE("every legal format: one fp16 per group, in lane order, filling its sections") {
+TEST_CASE("every legal format: one fp16 or byte per group, in lane order, filling its sections") {
   for (const KvFormat& f : test::legal_formats()) {
     // Codes only move sections; one mix of widths suffices where groups are concerned.
     if (f.k_bits != 4 || f.v_bits != 2) continue;
     CAPTURE(name(f));
+    if (f.has_blocks()) {
+      check_blocks(f);
+      continue;
+    }
     f.head_dim == 64 ? check_k<64>(f) : check_k<128>(f);
     check_v(f);
   }
   for (const KvFormat& f : test::legal_formats()) {
     CAPTURE(name(f));
+    if (f.has_blocks()) continue;
     f.head_dim == 64 ? check_coverage<64>(f) : check_coverage<128>(f);
   }
 }

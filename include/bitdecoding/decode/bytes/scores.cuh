@@ -62,13 +62,13 @@ __device__ void score_token_axis(const Page& page, const Groups& groups, const Q
       sums.add(words, query.bytes, pair);
       zero_weight += query_sums[pair](0);
       if (!begins_group(32 * pair + 32, groups.k_token_group())) continue;
-      const auto vectors = page.k_token_vectors(group_of(32 * pair, groups.k_token_group()));
-      const RowValues scales{vectors(lane / 4, 0)}, zeros{vectors(lane / 4, 1)};
+      const auto parameters =
+          k_row_parameters<S>(page, group_of(32 * pair, groups.k_token_group()), lane / 4);
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         tSrS(row, 0, block) +=
-            query.scale(0) * (sums(row) * query.factor(0) * scales(2 * block + row) +
-                              zero_weight * zeros(2 * block + row));
+            query.scale(0) *
+            parameters.apply(2 * block + row, sums(row) * query.factor(0), zero_weight);
       }
       sums = CodeSums<S>();
       zero_weight = 0.f;

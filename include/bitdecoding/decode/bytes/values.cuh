@@ -34,10 +34,9 @@ __device__ float weigh(ScoreTensor<S, Blocks>& tSrS, const Scale& scale, Softmax
 // The scale of every row that is the largest of its channel groups.
 template <Bytes S, class Groups, class Page>
 __device__ RowValues largest_scales(const Page& page, const Groups& groups, int lane) {
-  RowValues largest{page.v_token_vectors(0)(lane / 4, 0)};
+  RowValues largest = v_row_parameters<S>(page, 0, lane / 4).scales;
   for (int group = 1; group * groups.v_group() < S::head_dim; ++group) {
-    const RowValues scales{page.v_token_vectors(group)(lane / 4, 0)};
-    largest = larger(largest, scales);
+    largest = larger(largest, v_row_parameters<S>(page, group, lane / 4).scales);
   }
   return largest;
 }
@@ -123,10 +122,10 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
 #pragma unroll
   for (int part = 0; part < S::V::v_parts; ++part) {
     if (begins_group(part * kPartChannels, groups.v_group())) {
-      const auto vectors = page.v_token_vectors(group_of(part * kPartChannels, groups.v_group()));
-      const RowValues scales{vectors(lane / 4, 0)}, zeros{vectors(lane / 4, 1)};
-      output.zero_sum_of(part)(0) += factor * sum_of_zeros<S>(zeros, tSrS, 0);
-      make_weights<S>(scales, tSrS, tOrP);
+      const auto parameters =
+          v_row_parameters<S>(page, group_of(part * kPartChannels, groups.v_group()), lane / 4);
+      output.zero_sum_of(part)(0) += factor * sum_of_zeros<S>(parameters, tSrS, 0);
+      make_weights<S>(parameters.scales, tSrS, tOrP);
     }
     add_part<S>(page, part, tOrP, factor, lane, output);
   }

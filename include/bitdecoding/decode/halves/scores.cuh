@@ -79,15 +79,15 @@ __device__ void score_token_axis(const Page& page, const Groups& groups, const Q
 #pragma unroll
     for (int c = 0; c < S::lane_columns; ++c) zero_weight(c) += query_sums[pair](c);
     if (!begins_group(32 * pair + 32, groups.k_token_group())) continue;
-    const auto vectors = page.k_token_vectors(group_of(32 * pair, groups.k_token_group()));
-    const RowValues scales{vectors(lane / 4, 0)}, zeros{vectors(lane / 4, 1)};
+    const auto parameters =
+        k_row_parameters<S>(page, group_of(32 * pair, groups.k_token_group()), lane / 4);
 #pragma unroll
     for (int row = 0; row < 2 * kChunkBlocks; ++row) {
 #pragma unroll
       for (int c = 0; c < S::lane_columns; ++c) {
         tSrS(row % 2, c, row / 2) +=
             query.scale(c) *
-            (sums(row % 2, c, row / 2) * kCodeFactor * scales(row) + zero_weight(c) * zeros(row));
+            parameters.apply(row, sums(row % 2, c, row / 2) * kCodeFactor, zero_weight(c));
       }
     }
     cute::clear(sums);

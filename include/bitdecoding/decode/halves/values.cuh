@@ -166,13 +166,14 @@ __device__ inline int weight_shift(int exponent) {
   return exponent < 0 ? -exponent : -(exponent >> 1);
 }
 
-// Groups of channels: weights become an operand once and are scaled for every group. A power of two
+// Groups of channels, blocks among them: weights become an operand once and are scaled for every group. A power of two
 // 2^-shift, of the weights, is made up for by the scales: neither p nor p * scale overflows fp16,
 // and tokens far below a sink keep their bits.
-template <Halves S, class Page>
-__device__ void add_values(const Page& page, const AnyGroups& groups,
+template <Halves S, class Groups, class Page>
+  requires(Groups::kMostValueGroups > 1)
+__device__ void add_values(const Page& page, const Groups& groups,
                            const ScoreTensor<S, kChunkBlocks>& tSrP, int exponent, int lane,
-                           Output<S, AnyGroups>& output) {
+                           Output<S, Groups>& output) {
   constexpr int kPartChannels = S::head_dim / S::V::v_parts;
   const int t = lane % 4;
   const int shift = weight_shift(exponent);
@@ -183,8 +184,9 @@ __device__ void add_values(const Page& page, const AnyGroups& groups,
 #pragma unroll
   for (int part = 0; part < S::V::v_parts; ++part) {
     if (begins_group(part * kPartChannels, groups.v_group())) {
-      const auto vectors = page.v_token_vectors(group_of(part * kPartChannels, groups.v_group()));
-      const PairValues scales(vectors(2 * t, 0), vectors(2 * t + 1, 0));
+      const int group = group_of(part * kPartChannels, groups.v_group());
+      const PairValues scales(v_row_parameters<S>(page, group, 2 * t).scales.bits,
+                              v_row_parameters<S>(page, group, 2 * t + 1).scales.bits);
 #pragma unroll
       for (int i = 0; i < 2 * kChunkBlocks; ++i) {
         const std::uint32_t scale = multiply(scales.pair[i], up);
@@ -206,8 +208,7 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
   constexpr int kPartChannels = S::head_dim / S::V::v_parts;
   __half2 largest = __float2half2_rn(0.f);
   for (int group = 0; group * groups.v_group() < S::head_dim; ++group) {
-    const RowValues scales{page.v_token_vectors(group)(lane / 4, 0)};
-    largest = __hmax2(largest, largest_value(scales));
+    largest = __hmax2(largest, largest_value(v_row_parameters<S>(page, group, lane / 4).scales));
   }
   const int exponent = min(exponent_of(largest), 16);
   weigh<S, kChunkBlocks>(tSrS, scale, exponent, softmax, output);
@@ -215,10 +216,10 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
   for (int part = 0; part < Output<S, Groups>::kZeroSums; ++part) {
     if (!begins_group(part * kPartChannels, groups.v_group())) continue;
     const int group = group_of(part * kPartChannels, groups.v_group());
-    const RowValues zeros{page.v_token_vectors(group)(lane / 4, 1)};
+    const auto parameters = v_row_parameters<S>(page, group, lane / 4);
 #pragma unroll
     for (int c = 0; c < S::lane_columns; ++c) {
-      output.zero_sum_of(part)(c) += sum_of_zeros<S>(zeros, tSrS, c);
+      output.zero_sum_of(part)(c) += sum_of_zeros<S>(parameters, tSrS, c);
     }
   }
   add_values<S>(page, groups, tSrS, exponent, lane, output);
