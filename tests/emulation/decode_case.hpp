@@ -206,6 +206,12 @@ inline float largest_magnitude(const TokenArray& array, const DecodeCase& c, int
   return largest;
 }
 
+// What the largest of values may be read as: no value of a block is less than 2^-15, or more than
+// 1.1 times as large as the block's largest was (5.5 for all above 5).
+inline float largest_read(const KvFormat& f, float largest) {
+  return f.has_blocks() ? std::max(1.1f * largest, 0x1p-15f) : largest;
+}
+
 // A filled cache, and queries with gaps between heads.
 class DecodeInputs {
  public:
@@ -276,7 +282,7 @@ class DecodeInputs {
     float largest_key = 0.f;
     for (int b = 0; b < c.shape.batch; ++b) {
       largest_key = std::max(largest_key, largest_magnitude(k, c, b));
-      largest_value.push_back(largest_magnitude(v, c, b));
+      largest_value.push_back(largest_read(c.format, largest_magnitude(v, c, b)));
     }
     return largest_key;
   }

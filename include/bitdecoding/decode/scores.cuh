@@ -8,6 +8,7 @@
 #include <cute/arch/copy_sm75.hpp>
 
 #include "bitdecoding/decode/query.cuh"
+#include "bitdecoding/format/quantizer.hpp"
 
 namespace bitdecoding::decode {
 
