@@ -38,6 +38,8 @@ v_group : channels of one token that share a V scale: 32, 64 or 128, at most hea
 page_tokens : tokens of a page: 64 or 128
 head_dim : channels of a head: 64 or 128
 token_norm : K is coded divided by its token's norm, which then multiplies the score; not in blocks
+k_clip, v_clip : percent of a group's range, about its middle, that the codes span: 50 to 100;
+    values beyond become the first or the last code. In blocks 100
 
 Raises ValueError naming the field, its value and what is allowed.)")
       .def_static("__new__", [](nb::handle, const nb::kwargs& f) { return make_kv_format(f); })
@@ -45,8 +47,8 @@ Raises ValueError naming the field, its value and what is allowed.)")
           "__init__", [](nb::handle, const nb::kwargs&) {},
           nb::sig("def __init__(self, *, k_bits: int = 4, v_bits: int = 4, "
                   "k_axis: str = 'channel', k_group: int = 128, v_group: int = 128, "
-                  "page_tokens: int = 128, head_dim: int = 128, token_norm: bool = False) "
-                  "-> None"))
+                  "page_tokens: int = 128, head_dim: int = 128, token_norm: bool = False, "
+                  "k_clip: int = 100, v_clip: int = 100) -> None"))
       .def_static("parse", &parse, "name"_a.none(), nb::sig("def parse(name: str) -> KvFormat"),
                   "The format of a canonical name such as 'k4v2_c128_v64_p128_d128' or "
                   "'k2v2_t32_v32_p64_d64_norm'. Raises ValueError.")
@@ -58,6 +60,8 @@ Raises ValueError naming the field, its value and what is allowed.)")
       .def_ro("page_tokens", &KvFormat::page_tokens, "Tokens of a page.")
       .def_ro("head_dim", &KvFormat::head_dim, "Channels of a head.")
       .def_ro("token_norm", &KvFormat::token_norm, "Whether K is coded divided by its norm.")
+      .def_ro("k_clip", &KvFormat::k_clip, "Percent of a K group's range that its codes span.")
+      .def_ro("v_clip", &KvFormat::v_clip, "Percent of a V group's range that its codes span.")
       .def_prop_ro(
           "bits_per_element", [](const KvFormat& f) { return bits_per_element(f); },
           "Stored bits per K or V element, scales, zero-points and padding included.")

@@ -23,9 +23,9 @@ using CodeBytes = std::uint8_t[kMaxPageTokens * kMaxHeadDim / 2];
 
 // What stores a group's parameters and gives its coder: (token, channel, range). All tensors (N,D).
 template <int Bits, class Scales, class Zeros>
-auto storing(const Scales& scales, const Zeros& zeros) {
-  return [=](int token, int channel, const GroupRange& range) {
-    const GroupParameters parameters = format::group_parameters(range, Bits);
+auto storing(const Scales& scales, const Zeros& zeros, int clip) {
+  return [=, margin = format::clip_margin(clip)](int token, int channel, const GroupRange& range) {
+    const GroupParameters parameters = format::group_parameters(range, Bits, margin);
     scales(token, channel) = half_t::bitcast(parameters.scale);
     zeros(token, channel) = half_t::bitcast(parameters.zero);
     return GroupCoder(parameters);
@@ -145,7 +145,7 @@ void pack(const KvFormat& f, int free_tokens, TokenTile& k, const TokenTile& v,
     if constexpr (Config.has_blocks()) {
       return storing<kBits>(page.k_exponents());
     } else {
-      return storing<kBits>(page.k_scales(), page.k_zeros());
+      return storing<kBits>(page.k_scales(), page.k_zeros(), f.k_clip);
     }
   }();
   if constexpr (Config.k_axis == KAxis::channel) {
@@ -158,7 +158,7 @@ void pack(const KvFormat& f, int free_tokens, TokenTile& k, const TokenTile& v,
     if constexpr (Config.has_blocks()) {
       return storing<vBits>(page.v_exponents());
     } else {
-      return storing<vBits>(page.v_scales(), page.v_zeros());
+      return storing<vBits>(page.v_scales(), page.v_zeros(), f.v_clip);
     }
   }();
   code_by_token<vBits, kHeadDim, CodeOrder::v>(v, f.page_tokens, f.v_group, store_v, codes);

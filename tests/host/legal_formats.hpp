@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every legal KvFormat, from the rules as docs/format.md words them, not from `why_invalid`.
+// Every legal KvFormat without clips, from the rules as docs/format.md words them, not from `why_invalid`.
 #pragma once
 
 #include <vector>
@@ -34,6 +34,19 @@ inline std::vector<KvFormat> legal_formats() {
       f.v_group = 32;
       add_k_groups(f, KAxis::block, 32);
     }
+  }
+  return all;
+}
+
+// The same; those that may have clips take turns with them.
+inline std::vector<KvFormat> clipped_formats() {
+  std::vector<KvFormat> all = legal_formats();
+  int turn = 0;
+  for (KvFormat& f : all) {
+    if (f.k_axis == KAxis::block) continue;
+    constexpr int kClips[] = {100, 85, 50, 77, 99};
+    f.k_clip = kClips[turn % 5];
+    f.v_clip = kClips[++turn * 3 % 5];
   }
   return all;
 }

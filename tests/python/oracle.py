@@ -191,7 +191,7 @@ def _terms(code: npt.NDArray[Any], scale: Halves, zero: Halves) -> Doubles:
 
 
 def quantize(
-    values: Halves, excluded: npt.NDArray[np.bool_], bits: int, axis: int
+    values: Halves, excluded: npt.NDArray[np.bool_], bits: int, axis: int, clip: int = 100
 ) -> tuple[npt.NDArray[np.uint8], Halves, Halves]:
     """Codes, scale, zero of groups along `axis`; excluded elements don't widen their group."""
     x = values.astype(np.float32)
@@ -202,8 +202,15 @@ def quantize(
     empty = np.all(excluded | np.zeros(x.shape, bool), axis=axis, keepdims=True)
     usable = ~(has_nan | empty)
 
-    zero = np.where(usable, low, 0).astype(np.float16) + np.float16(0)  # -0 becomes +0
-    step = (np.where(usable, high, 0).astype(np.float32) - zero.astype(np.float32)) / top
+    low, high = np.where(usable, low, np.float32(0)), np.where(usable, high, np.float32(0))
+    margin = doubles(np.float32(100 - clip) * np.float32(0.005))
+    width = doubles(high - low)  # the products are exact in double precision
+    low, high = (
+        (doubles(end) + sign * width * margin).astype(np.float32)
+        for end, sign in ((low, 1), (high, -1))
+    )
+    zero = low.astype(np.float16) + np.float16(0)  # -0 becomes +0
+    step = (high - zero.astype(np.float32)) / top
     scale = np.maximum(step, np.float32(0)).astype(np.float16)
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse = np.where(scale > 0, np.float32(1) / scale.astype(np.float32), np.float32(0))
@@ -241,12 +248,12 @@ def quantize_page(f: KvFormat, k: Halves, v: Halves, first_tokens: int = 0) -> P
     if f.k_axis == "channel":
         grouped = coded.reshape(*lead, tokens // f.k_group, f.k_group, channels)
         excluded = (np.arange(tokens) < first_tokens).reshape(-1, f.k_group, 1)
-        k_parts = quantize(grouped, excluded, f.k_bits, -2)
+        k_parts = quantize(grouped, excluded, f.k_bits, -2, f.k_clip)
     else:
         grouped = coded.reshape(*lead, tokens, channels // f.k_group, f.k_group)
-        k_parts = quantize(grouped, np.zeros((1, 1, 1), bool), f.k_bits, -1)
+        k_parts = quantize(grouped, np.zeros((1, 1, 1), bool), f.k_bits, -1, f.k_clip)
     v_grouped = v.reshape(*lead, tokens, channels // f.v_group, f.v_group)
-    v_parts = quantize(v_grouped, np.zeros((1, 1, 1), bool), f.v_bits, -1)
+    v_parts = quantize(v_grouped, np.zeros((1, 1, 1), bool), f.v_bits, -1, f.v_clip)
 
     def spread(part: npt.NDArray[Any], like: Halves) -> npt.NDArray[Any]:
         return np.broadcast_to(part, like.shape).reshape(k.shape)

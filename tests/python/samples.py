@@ -15,7 +15,7 @@ Floats32 = npt.NDArray[np.float32]
 
 
 def legal_formats() -> list[KvFormat]:
-    """Every format that KvFormat accepts."""
+    """Every format that KvFormat accepts, without clips."""
     formats = []
     for k_bits, v_bits, axis, k_group, v_group, page, channels, norm in itertools.product(
         (2, 4), (2, 4), ("channel", "token"), (32, 64, 128), (32, 64, 128), (64, 128), (64, 128),
@@ -38,6 +38,16 @@ def legal_formats() -> list[KvFormat]:
     return formats
 
 
+def clipped_formats() -> list[KvFormat]:
+    """Those that may have clips, with some that take turns."""
+    clips = (85, 50, 77, 99)
+    return [
+        KvFormat.parse(f"{f}_kclip{clips[i % 4]}_vclip{clips[i * 3 % 4]}")
+        for i, f in enumerate(legal_formats())
+        if f.k_axis != "block"
+    ]
+
+
 # A few that differ in everything, for tests with many cases of their own.
 FORMATS = [
     KvFormat.parse(name)
@@ -48,6 +58,7 @@ FORMATS = [
         "k2v4_t32_v64_p64_d64",
         "k4v4_t128_v128_p128_d128",
         "k2v2_c32_v32_p128_d64_norm",
+        "k2v2_c128_v32_p128_d128_kclip75_vclip85",
     )
 ]
 

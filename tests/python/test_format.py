@@ -9,7 +9,7 @@ from typing import Any
 
 import oracle
 import pytest
-from samples import legal_formats
+from samples import clipped_formats, legal_formats
 
 from bitdecoding import KvFormat
 
@@ -22,11 +22,13 @@ FIELDS = (
     "page_tokens",
     "head_dim",
     "token_norm",
+    "k_clip",
+    "v_clip",
 )
 
 
 def test_every_legal_format_round_trips() -> None:
-    formats = legal_formats()
+    formats = legal_formats() + clipped_formats()
     assert len(set(formats)) == len(formats) == len({str(f) for f in formats})
     for f in formats:
         again = KvFormat(**{field: getattr(f, field) for field in FIELDS})
@@ -93,6 +95,9 @@ def test_fields_cannot_be_set(field: str) -> None:
         ({"v_group": 128, "head_dim": 64}, "v_group = 128", "head_dim"),
         ({"page_tokens": 256}, "page_tokens = 256", "64, 128"),
         ({"head_dim": 96}, "head_dim = 96", "64, 128"),
+        ({"k_clip": 49}, "k_clip = 49", "50 to 100"),
+        ({"v_clip": 101}, "v_clip = 101", "50 to 100"),
+        ({"v_clip": 85, "k_axis": "block", "k_group": 32, "v_group": 32}, "v_clip = 85", "100"),
     ],
 )
 def test_illegal_fields_are_named(fields: dict[str, Any], wrong: str, allowed: str) -> None:
@@ -101,7 +106,16 @@ def test_illegal_fields_are_named(fields: dict[str, Any], wrong: str, allowed: s
 
 
 @pytest.mark.parametrize(
-    "name", ["", "k4v4", "k4v4_c128_v128_p128_d128 ", "k4v4_c0128_v128_p128_d128", "int4"]
+    "name",
+    [
+        "",
+        "k4v4",
+        "k4v4_c128_v128_p128_d128 ",
+        "k4v4_c0128_v128_p128_d128",
+        "int4",
+        "k4v4_c128_v128_p128_d128_kclip100",
+        "k4v4_c128_v128_p128_d128_vclip90_kclip90",
+    ],
 )
 def test_names_are_read_strictly(name: str) -> None:
     with pytest.raises(ValueError, match=r"format = .*allowed: k<bits>"):

@@ -2,7 +2,7 @@
 // KvFormat: what the codes of a packed KV cache mean, as one value. Everything about a page (sizes,
 // offsets, layouts, kernels) is a function of it. `why_invalid` is the only statement of its rules.
 //   canonical name   k4v2_c128_v64_p128_d128[_norm]   (t64, not c128: K groups along channels;
-//                    b32 and v32: K and V in blocks)
+//                    b32 and v32: K and V in blocks), then [_kclip85][_vclip80]
 #pragma once
 
 #include <charconv>
@@ -37,6 +37,8 @@ struct KvFormat {
   int page_tokens = 128;    // P
   int head_dim = 128;       // D
   bool token_norm = false;  // K is stored divided by the token's norm, which multiplies the score
+  int k_clip = 100;         // percent of a group's range that the codes span, about its middle:
+  int v_clip = 100;         // at 2 bits, outliers cost less than steps that reach for them
 
   friend constexpr bool operator==(const KvFormat&, const KvFormat&) = default;
 
@@ -84,14 +86,18 @@ constexpr BrokenRule why_invalid(const KvFormat& f) {
   } else if (f.has_blocks()) {
     if (f.k_group != 32) return {"k_group", f.k_group, "32 channels (blocks)"};
     if (f.v_group != 32) return {"v_group", f.v_group, "32 channels (blocks)"};
-    // An exponent follows its token's magnitude already.
+    // An exponent follows its token's magnitude already, and blocks have limits of their own.
     if (f.token_norm) return {"token_norm", 1, "0, which is false (blocks)"};
+    if (f.k_clip != 100) return {"k_clip", f.k_clip, "100 (blocks)"};
+    if (f.v_clip != 100) return {"v_clip", f.v_clip, "100 (blocks)"};
   } else {
     return {"k_axis", static_cast<int>(f.k_axis), "channel, token, block"};
   }
   if (!is_channel_group(f.v_group, f.head_dim)) {
     return {"v_group", f.v_group, "32, 64, 128 channels, at most head_dim"};
   }
+  if (f.k_clip < 50 || f.k_clip > 100) return {"k_clip", f.k_clip, "50 to 100 percent"};
+  if (f.v_clip < 50 || f.v_clip > 100) return {"v_clip", f.v_clip, "50 to 100 percent"};
   return {};
 }
 
@@ -111,6 +117,8 @@ inline std::string name(const KvFormat& f) {
   const char axis = f.has_blocks() ? 'b' : f.k_axis == KAxis::channel ? 'c' : 't';
   text << 'k' << f.k_bits << 'v' << f.v_bits << '_' << axis << f.k_group << "_v" << f.v_group
        << "_p" << f.page_tokens << "_d" << f.head_dim << (f.token_norm ? "_norm" : "");
+  if (f.k_clip != 100) text << "_kclip" << f.k_clip;
+  if (f.v_clip != 100) text << "_vclip" << f.v_clip;
   return text.str();
 }
 
@@ -119,7 +127,8 @@ inline Status parse_kv_format(std::string_view text, KvFormat* result) {
   const Status malformed =
       invalid_argument("format = '", text,
                        "'; allowed: k<bits>v<bits>_<c|t|b><group>_v<group>_p<tokens>_d<channels>"
-                       "[_norm], for example k4v2_c128_v64_p128_d128");
+                       "[_norm][_kclip<percent>][_vclip<percent>], for example "
+                       "k4v2_c128_v64_p128_d128");
   std::string_view rest = text;
   const auto literal = [&rest](std::string_view word) {
     if (!rest.starts_with(word)) return false;
@@ -151,7 +160,9 @@ inline Status parse_kv_format(std::string_view text, KvFormat* result) {
   if (!literal("_p") || !number(&f.page_tokens)) return malformed;
   if (!literal("_d") || !number(&f.head_dim)) return malformed;
   f.token_norm = literal("_norm");
-  if (!rest.empty()) return malformed;
+  if (literal("_kclip") && !number(&f.k_clip)) return malformed;
+  if (literal("_vclip") && !number(&f.v_clip)) return malformed;
+  if (!rest.empty() || name(f) != text) return malformed;  // one name each: no _kclip100
   if (Status status = validate(f); !status.is_ok()) return status;
   *result = f;
   return {};
@@ -164,8 +175,9 @@ struct std::hash<bitdecoding::KvFormat> {
   std::size_t operator()(const bitdecoding::KvFormat& f) const noexcept {
     // Fields of legal formats are at most 128, so base 257 keeps all of them apart.
     std::size_t hash = 0;
-    for (const int field : {f.k_bits, f.v_bits, static_cast<int>(f.k_axis), f.k_group, f.v_group,
-                            f.page_tokens, f.head_dim, static_cast<int>(f.token_norm)}) {
+    for (const int field :
+         {f.k_bits, f.v_bits, static_cast<int>(f.k_axis), f.k_group, f.v_group, f.page_tokens,
+          f.head_dim, static_cast<int>(f.token_norm), f.k_clip, f.v_clip}) {
       hash = hash * 257 + static_cast<std::size_t>(field);
     }
     return hash;

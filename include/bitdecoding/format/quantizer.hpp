@@ -2,7 +2,7 @@
 // The scalar quantiser: the definition that every back end reproduces bit for bit.
 //   value ~ code * scale + zero      code in [0, 2^bits - 1]; scale, zero fp16, one pair per group
 // All arithmetic is IEEE fp32, round to nearest. Products are exact or not added to (fusing them
-// into a sum changes nothing) and no fp32 subnormal arises (nor does flushing them). Asymmetric as
+// into a sum changes nothing), or fused by name, and no fp32 subnormal arises (nor does flushing them). Asymmetric as
 // in the BitDecoding paper, with NaN, overflow, constant groups and first tokens made exact.
 //   blocks (KAxis::block)      value ~ (code - 7.5) * 2^e, 2 bits: (code - 1.5) * 2^e
 // are the same with scale = 2^e, zero = -7.5 * 2^e or -1.5 * 2^e; one byte stands for both. Magnitudes
@@ -46,14 +46,22 @@ struct GroupRange {
   }
 };
 
-// zero = rn16(low), scale = rn16((high - zero) / max_code). An empty group gives zeros; a NaN makes
-// both NaN; -0 is stored as +0, because the order of a minimum must not show in the bytes.
-constexpr GroupParameters group_parameters(const GroupRange& range, int bits) {
+// What a clip (KvFormat::k_clip, v_clip; percent) takes off each end of a range, as a share of it.
+constexpr float clip_margin(int clip) { return static_cast<float>(100 - clip) * 0.005f; }
+
+// Of the range without `margin` of its width at either end: zero = rn16(low), scale = rn16((high -
+// zero) / max_code). An empty group gives zeros; a NaN makes both NaN; -0 is stored as +0, because
+// the order of a minimum must not show in the bytes.
+constexpr GroupParameters group_parameters(const GroupRange& range, int bits, float margin = 0.f) {
   if (range.has_nan) return {kFp16NaN, kFp16NaN};
   if (range.low > range.high) return {};
-  const std::uint16_t rounded = fp16_from_float(range.low);
+  // Fused by name: a compiler may not choose.
+  const float width = range.high - range.low;
+  const float low = __builtin_fmaf(width, margin, range.low);
+  const float high = __builtin_fmaf(-width, margin, range.high);
+  const std::uint16_t rounded = fp16_from_float(low);
   const std::uint16_t zero = rounded == 0x8000u ? std::uint16_t{0} : rounded;
-  const float step = (range.high - float_from_fp16(zero)) / static_cast<float>(max_code(bits));
+  const float step = (high - float_from_fp16(zero)) / static_cast<float>(max_code(bits));
   return {fp16_from_float(step > 0.f ? step : 0.f), zero};
 }
 

@@ -67,7 +67,7 @@ struct GroupResult {
 // format::group_parameters and GroupCoder by the hardware's conversions: a range's ends are fp16
 // values, infinities saturate, an empty range stays empty, and no step overflows.
 template <int Bits>
-__device__ GroupResult group_result(__half2 low_and_negated_high) {
+__device__ GroupResult group_result(__half2 low_and_negated_high, float margin) {
   constexpr float kTop = static_cast<float>(format::max_code(Bits));
   constexpr float kUnit = 1.f / (1 << Bits);
   const float2 range = __half22float2(saturate(low_and_negated_high));
@@ -75,8 +75,11 @@ __device__ GroupResult group_result(__half2 low_and_negated_high) {
     return {{format::kFp16NaN, format::kFp16NaN}, {0.f, 0.f}};
   }
   if (range.x > -range.y) return {{}, {0.f, 0.f}};
-  const float zero = __fadd_rn(range.x, 0.f);  // no -0
-  const float step = __fdiv_rn(__fsub_rn(-range.y, zero), kTop);
+  const float width = __fsub_rn(-range.y, range.x);
+  const float low = __half2float(__float2half_rn(__fmaf_rn(width, margin, range.x)));
+  const float zero = __fadd_rn(low, 0.f);  // no -0
+  const float high = __fmaf_rn(-width, margin, -range.y);
+  const float step = __fdiv_rn(__fsub_rn(high, zero), kTop);
   const __half scale = __float2half_rn(step > 0.f ? step : 0.f);
   const float length = __half2float(scale);
   const float inverse = length > 0.f ? __frcp_rn(length) : 0.f;
@@ -155,9 +158,10 @@ __device__ void find_token_ranges(const Tile& sX, int tokens, int group_channels
 }
 
 // Calls visit(group, column, parameters) for all groups of a tile of `columns` columns, a power of
-// two, and leaves the coders. A group's range is that of `rows` rows of the table.
+// two, and leaves the coders. A group's range is that of `rows` rows of the table, but for `margin`
+// of its width at either end.
 template <int Threads, int Bits, KAxis Axis, class Visit>
-__device__ void visit_groups(GroupTable& table, int groups, int columns, int rows,
+__device__ void visit_groups(GroupTable& table, int groups, int columns, int rows, float margin,
                              const Visit& visit) {
   const int columns_log2 = log2_of(columns);
 #pragma unroll 1
@@ -172,7 +176,7 @@ __device__ void visit_groups(GroupTable& table, int groups, int columns, int row
       if constexpr (Axis == KAxis::block) {
         return block_result<Bits>(range);
       } else {
-        return group_result<Bits>(range);
+        return group_result<Bits>(range, margin);
       }
     }();
     visit(group, column, result.parameters);

@@ -103,12 +103,13 @@ __device__ void pack_k(const Load& load, int first_token, const Page& page, Stor
     }
   }();
   const int group_log2 = log2_of(format.k_group);
+  const float margin = format::clip_margin(format.k_clip);
   if constexpr (Config.k_axis == KAxis::channel) {
     find_channel_ranges<kPackThreads>(sK, tokens, first_token, s.groups);
     __syncthreads();
     const int in_chunk_log2 = max(log2_of(kChunkTokens) - group_log2, 0);  // groups of a chunk
     visit_groups<kPackThreads, Config.k_bits, Config.k_axis>(
-        s.groups, tokens >> group_log2, Config.head_dim, format.k_group / kRunValues,
+        s.groups, tokens >> group_log2, Config.head_dim, format.k_group / kRunValues, margin,
         [&](int group, int channel, const auto& parameters) {
           const int in_chunk = group & ((1 << in_chunk_log2) - 1);
           store(cute::make_coord(0, in_chunk, group >> in_chunk_log2), channel, parameters);
@@ -117,7 +118,7 @@ __device__ void pack_k(const Load& load, int first_token, const Page& page, Stor
     find_token_ranges<kPackThreads>(sK, tokens, format.k_group, s.groups);
     __syncthreads();
     visit_groups<kPackThreads, Config.k_bits, Config.k_axis>(
-        s.groups, Config.head_dim >> group_log2, tokens, 1,
+        s.groups, Config.head_dim >> group_log2, tokens, 1, margin,
         [&](int group, int token, const auto& parameters) {
           store(token, cute::make_coord(0, group), parameters);
         });
@@ -145,7 +146,7 @@ __device__ void pack_v(const Load& load, const Page& page, Storage& s) {
   }();
   visit_groups<kPackThreads, Config.v_bits, Config.k_axis>(
       s.groups, Config.head_dim >> log2_of(format.v_group), tokens, 1,
-      [&](int group, int token, const auto& parameters) {
+      format::clip_margin(format.v_clip), [&](int group, int token, const auto& parameters) {
         store(token, cute::make_coord(0, group), parameters);
       });
   __syncthreads();

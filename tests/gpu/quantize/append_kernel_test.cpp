@@ -190,7 +190,7 @@ TEST_CASE("bytes equal the CPU's for every legal format, in steps of any size") 
   const Inputs inputs[2][2] = {{{ElementType::f16, 64}, {ElementType::f16, 128}},
                                {{ElementType::bf16, 64}, {ElementType::bf16, 128}}};
   std::vector<int> steps = {1, 2, 17, 64, 128, 129, 1000, 1, 300};
-  for (const KvFormat& f : legal_formats()) {
+  for (const KvFormat& f : clipped_formats()) {
     std::mt19937 random(++seed);
     std::shuffle(steps.begin(), steps.end(), random);
     const Zones zones = kZones[random() % 4];

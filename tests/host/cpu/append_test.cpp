@@ -47,7 +47,7 @@ TEST_CASE("one by one, in pieces, at once: the same cache") {
     int first, last;
   };
   unsigned seed = 0;
-  for (const KvFormat& format : legal_formats()) {
+  for (const KvFormat& format : clipped_formats()) {
     ++seed;
     if (seed % 4 != 0) continue;
     const Zones all_zones[] = {{0, 0}, {16, 64}, {format.page_tokens, 7}, {3, 130}};

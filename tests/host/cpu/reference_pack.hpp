@@ -42,8 +42,8 @@ class ReferencePage {
     const bool per_channel = f_.k_axis == KAxis::channel;
     const int k_tokens = per_channel ? f_.k_group : 1, k_channels = per_channel ? 1 : f_.k_group;
     const auto k_groups =
-        groups_of(k, k_tokens, k_channels, per_channel ? free_tokens : 0, f_.k_bits);
-    const auto v_groups = groups_of(v, 1, f_.v_group, 0, f_.v_bits);
+        groups_of(k, k_tokens, k_channels, per_channel ? free_tokens : 0, {f_.k_bits, f_.k_clip});
+    const auto v_groups = groups_of(v, 1, f_.v_group, 0, {f_.v_bits, f_.v_clip});
     for (int token = 0; token < f_.page_tokens; ++token) {
       for (int channel = 0; channel < f_.head_dim; ++channel) {
         const Group& key = k_groups[static_cast<std::size_t>(
@@ -72,6 +72,9 @@ class ReferencePage {
   struct Group {
     float scale, zero;
   };
+  struct Width {
+    int bits, clip;
+  };
 
   float value(const std::vector<float>& x, int token, int channel) const {
     return x[static_cast<std::size_t>(token * f_.head_dim + channel)];
@@ -99,18 +102,18 @@ class ReferencePage {
 
   // Groups of `tokens` x `channels`, the channels of a run of tokens following one another.
   std::vector<Group> groups_of(const std::vector<float>& x, int tokens, int channels,
-                               int free_tokens, int bits) const {
+                               int free_tokens, Width width) const {
     std::vector<Group> groups;
     for (int token = 0; token < f_.page_tokens; token += tokens) {
       for (int channel = 0; channel < f_.head_dim; channel += channels) {
-        groups.push_back(group_of(x, token, tokens, channel, channels, free_tokens, bits));
+        groups.push_back(group_of(x, token, tokens, channel, channels, free_tokens, width));
       }
     }
     return groups;
   }
 
   Group group_of(const std::vector<float>& x, int token, int tokens, int channel, int channels,
-                 int free_tokens, int bits) const {
+                 int free_tokens, Width width) const {
     float low = INFINITY, high = -INFINITY;
     for (int n = std::max(token, free_tokens); n < token + tokens; ++n) {
       for (int c = channel; c < channel + channels; ++c) {
@@ -121,10 +124,13 @@ class ReferencePage {
       }
     }
     if (low > high) return {0.f, 0.f};
-    if (at_.blocks()) return block_of(std::max(std::abs(low), std::abs(high)), bits);
-    const float zero = low == 0.f ? 0.f : low;
-    const float step = (high - zero) / static_cast<float>((1 << bits) - 1);
-    return {rn16(step == 0.f ? 0.f : step), zero};  // +0 here too
+    if (at_.blocks()) return block_of(std::max(std::abs(low), std::abs(high)), width.bits);
+    const float all = high - low, margin = static_cast<float>(100 - width.clip) * 0.005f;
+    const float rounded = rn16(std::fma(all, margin, low));
+    const float zero = rounded == 0.f ? 0.f : rounded;
+    const float top = static_cast<float>((1 << width.bits) - 1);
+    const float step = (std::fma(-all, margin, high) - zero) / top;
+    return {rn16(step > 0.f ? step : 0.f), zero};  // +0 here too
   }
 
   static Group block_of(float largest, int bits) {

@@ -126,6 +126,22 @@ TEST_CASE("a message lists every value that would be legal") {
   CHECK(validate(f).text() == "k_axis = 7; allowed: channel, token, block");
 }
 
+TEST_CASE("clips: their names, their values, none in blocks") {
+  KvFormat f{.k_bits = 2, .v_bits = 2, .k_clip = 85};
+  CHECK(name(f) == "k2v2_c128_v128_p128_d128_kclip85");
+  f.token_norm = true;
+  f.v_clip = 50;
+  CHECK(name(f) == "k2v2_c128_v128_p128_d128_norm_kclip85_vclip50");
+  KvFormat parsed;
+  CHECK(parse_kv_format(name(f), &parsed).is_ok());
+  CHECK(parsed == f);
+  f.v_clip = 49;
+  CHECK(validate(f).text() == "v_clip = 49; allowed: 50 to 100 percent");
+  f = {.k_axis = KAxis::block, .k_group = 32, .v_group = 32, .k_clip = 90};
+  CHECK(validate(f).text() == "k_clip = 90; allowed: 100 (blocks)");
+  CHECK(!parse_kv_format("k2v2_c128_v128_p128_d128_kclip100", &parsed).is_ok());
+}
+
 TEST_CASE("a malformed name is refused, quoted, and leaves the result alone") {
   const std::string good = "k4v2_c128_v64_p128_d128";
   std::vector<std::string> bad = {"",

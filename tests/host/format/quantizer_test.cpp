@@ -55,6 +55,28 @@ TEST_CASE("parameters follow their definition in exact arithmetic") {
   });
 }
 
+TEST_CASE("a clip leaves the middle of a range; the ends become the first and the last code") {
+  for_each_group([](const std::vector<float>& values, int bits) {
+    GroupRange range;
+    for (const float value : values) range.include(value);
+    for (const int clip : {50, 85, 99}) {
+      const GroupParameters p = group_parameters(range, bits, clip_margin(clip));
+      const double width = double(range.high) - range.low, cut = width * (100 - clip) / 200.;
+      const double zero = float_from_fp16(p.zero), scale = float_from_fp16(p.scale);
+      const double low = range.low + cut, high = range.high - cut;
+      const double fp32 = 0x1p-22 * (std::fabs(low) + std::fabs(high) + width);
+      REQUIRE(std::fabs(zero - low) <= std::max(0x1p-25, std::fabs(low) * 0x1p-11) + fp32);
+      const double exact = std::max(0., high - zero) / max_code(bits);
+      REQUIRE(std::fabs(scale - exact) <= std::max(0x1p-25, exact * 0x1p-11) + fp32);
+      if (scale < 0x1p-13 || cut < scale) continue;
+      const GroupCoder coder(p);
+      REQUIRE(coder.code(range.low, bits) == 0);
+      REQUIRE(coder.code(range.high, bits) == static_cast<std::uint32_t>(max_code(bits)));
+    }
+  });
+  CHECK(clip_margin(100) == 0.f);
+}
+
 TEST_CASE("a dequantised value is at most half a step off") {
   // scale / 2 from rounding the code. Where scale is an fp16 subnormal its own rounding, at most
   // 2^-25 per step, can leave values beyond the last code. The rest is fp32: difference, inverse
