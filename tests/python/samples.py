@@ -35,7 +35,11 @@ def legal_formats() -> list[KvFormat]:
                 token_norm=norm,
             )
         )
-    return formats
+    blocks = itertools.product((2, 4), (2, 4), (64, 128), (64, 128))
+    return formats + [
+        KvFormat.parse(f"k{k_bits}v{v_bits}_b32_v32_p{page}_d{channels}")
+        for k_bits, v_bits, page, channels in blocks
+    ]
 
 
 # A few that differ in everything, for tests with many cases of their own.
@@ -48,6 +52,8 @@ FORMATS = [
         "k2v4_t32_v64_p64_d64",
         "k4v4_t128_v128_p128_d128",
         "k2v2_c32_v32_p128_d64_norm",
+        "k4v2_b32_v32_p128_d128",
+        "k2v4_b32_v32_p64_d64",
     )
 ]
 
