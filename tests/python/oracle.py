@@ -223,8 +223,8 @@ def quantize(
 
 
 def block_scale(exponents: Bytes) -> Halves:
-    scales = exponents.astype(np.uint16) << 10
-    return np.where(exponents == 31, np.uint16(0x7FFF), scales).view(np.float16)
+    scales = (exponents.astype(np.uint16) << 10).view(np.float16)
+    return np.where(exponents == 31, NAN16, scales)
 
 
 def block_zero(scale: Halves, bits: int) -> Halves:
