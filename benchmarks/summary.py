@@ -30,6 +30,8 @@ COLUMNS = (*FORMATS[:3], "k2v2_c32_v32_p128_d128", FORMATS[3])
 def label(name: str) -> str:
     """k2v2_c32_v32_p128_d128_norm as K2V2, groups of 32, norms."""
     codes, k_group, v_group, _, _, *norm = name.split("_")
+    if k_group[0] == "b":
+        return f"{codes.upper()} in blocks"
     groups = list(dict.fromkeys((k_group[1:], v_group[1:])))
     text = codes.upper() + (" per token" if k_group[0] == "t" else "")
     text += "" if groups == ["128"] else f", groups of {' and '.join(groups)}"

@@ -213,6 +213,7 @@ TEST_CASE("bytes equal the CPU backend's, in steps of any size") {
   std::mt19937 random(seed);
   std::ranges::shuffle(formats, random);
   formats.resize(32);
+  formats.push_back({.v_bits = 2, .k_axis = KAxis::block, .k_group = 32, .v_group = 32});
   std::vector<int> steps = {1, 1, 17, 64, 129, 330};
   for (const KvFormat& f : formats) {
     random.seed(++seed);

@@ -97,6 +97,11 @@ def _poison_first_tokens(f: KvFormat, record: oracle.Bytes, first: int) -> None:
     """Per-token parameters of page 0 that belong to tokens of the first rows."""
     for index, chunk in enumerate(oracle.chunks(f)):
         here = max(0, min(first - index * oracle.CHUNK, oracle.CHUNK))
+        if f.k_axis == "block":
+            for offset in (chunk.v_parameters, chunk.k_parameters):
+                for block in range(f.head_dim // 32):
+                    record[:, offset + block * chunk.plane + oracle.token_order()[:here]] = 31
+            continue
         planes = [(chunk.v_parameters, 2 * f.head_dim // f.v_group)]
         if f.k_axis == "token":
             planes.append((chunk.k_parameters, 2 * f.head_dim // f.k_group))

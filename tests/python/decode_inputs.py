@@ -55,7 +55,7 @@ class Page:
         return cls(
             int(bits[1]),
             int(bits[3]),
-            {"c": "channel", "t": "token"}[axis],
+            {"c": "channel", "t": "token", "b": "block"}[axis],
             int(head_dim[1:]),
             whole_groups=tile in ("n32", "n64"),
         )
@@ -139,15 +139,12 @@ def build(contents: Contents, queries: tuple[Queries, ...]) -> Built:
     poison_unattended(cache)
     cases = []
     rounded = contents.format.k_axis == "channel"
-    k_bits = contents.format.k_bits
     for given in queries:
         scale = given.softmax_scale or SCALES.get(contents.kind)
         scale = scale or 1 / math.sqrt(contents.format.head_dim)
         q = make_queries(contents, given)
         cancels = contents.kind == "inf"
-        expected = expect(
-            q.float().numpy(), sequences, scale, rounded=rounded, k_bits=k_bits, cancels=cancels
-        )
+        expected = expect(q.float().numpy(), sequences, scale, rounded=rounded, cancels=cancels)
         cases.append(Case(contents, given, scale, q, expected))
     return Built(cache, cases)
 

@@ -72,20 +72,19 @@ def expect(
     softmax_scale: float,
     *,
     rounded: bool,
-    k_bits: int,
     cancels: bool = False,
 ) -> Expected:
     """q (B, Sq, Hq, D); `rounded`: the format has K scales per channel."""
     with np.errstate(invalid="ignore", over="ignore"):
         results = [
-            _attention(row.astype(float), tokens, softmax_scale, rounded, k_bits, cancels)
+            _attention(row.astype(float), tokens, softmax_scale, rounded, cancels)
             for row, tokens in zip(q, sequences, strict=True)
         ]
     return Expected(*(np.stack(parts) for parts in zip(*results, strict=True)))
 
 
 def _attention(
-    q: Doubles, tokens: Attended, softmax_scale: float, rounded: bool, k_bits: int, cancels: bool
+    q: Doubles, tokens: Attended, softmax_scale: float, rounded: bool, cancels: bool
 ) -> tuple[Doubles, ...]:
     queries, heads, channels = q.shape
     length, kv_heads, _ = tokens.k.shape
@@ -111,7 +110,7 @@ def _attention(
     if rounded:
         error += ROUNDING * (np.abs(columns) @ products)
     else:
-        scales = products.max(axis=1, keepdims=True) / (2**k_bits - 1)  # (H, 1, L), at least
+        scales = tokens.k_scales.transpose(1, 2, 0).max(axis=1, keepdims=True)  # (H, 1, L)
         largest = np.abs(columns).max(axis=2, keepdims=True) * scales * SUBNORMAL_ALIGNMENT
         error += MMA_CUT * channels / MMA_CHANNELS * largest
     size = np.abs(columns)

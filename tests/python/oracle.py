@@ -22,6 +22,8 @@ Bytes = npt.NDArray[np.uint8]
 Doubles = npt.NDArray[np.float64]
 
 CHUNK = 64  # tokens
+BLOCK_LIMIT = {2: 3.5, 4: 10.0}  # the largest magnitude where e = 0
+BLOCK_MIDDLE = {2: 1.5, 4: 7.5}  # the code of 0
 NAN16 = np.uint16(0x7FFF).view(np.float16)
 
 
@@ -49,6 +51,7 @@ class Chunk:
 
     k_groups: int  # scales, then zeros, of each channel-axis K group that begins in the chunk
     groups_here: int
+    plane: int  # from a channel group's parameters to the next one's
     k_codes: int
     v_codes: int
     v_parameters: int
@@ -64,13 +67,14 @@ def chunks(f: KvFormat) -> tuple[Chunk, ...]:
     for begin in range(0, f.page_tokens, CHUNK):
         groups = sum(begin <= token < begin + CHUNK for token in range(0, f.page_tokens, f.k_group))
         groups = groups if f.k_axis == "channel" else 0
-        token_groups = f.head_dim // f.k_group if f.k_axis == "token" else 0
+        token_groups = f.head_dim // f.k_group if f.k_axis != "channel" else 0
+        plane = CHUNK if f.k_axis == "block" else 2 * CHUNK * 2
         sizes = [
             groups * 2 * f.head_dim * 2,
             CHUNK * f.head_dim * f.k_bits // 8,
             CHUNK * f.head_dim * f.v_bits // 8,
-            f.head_dim // f.v_group * 2 * CHUNK * 2,
-            token_groups * 2 * CHUNK * 2,
+            f.head_dim // f.v_group * plane,
+            token_groups * plane,
             CHUNK * 2 if f.token_norm else 0,
         ]
         offsets = [offset]
@@ -78,7 +82,9 @@ def chunks(f: KvFormat) -> tuple[Chunk, ...]:
             offsets.append(offsets[-1] + round_up(size, 16))
         k_groups, k_codes, v_codes, v_parameters, k_parameters, norms, offset = offsets
         result.append(
-            Chunk(k_groups, groups, k_codes, v_codes, v_parameters, k_parameters, norms, offset)
+            Chunk(
+                k_groups, groups, plane, k_codes, v_codes, v_parameters, k_parameters, norms, offset
+            )
         )
     return tuple(result)
 
@@ -132,8 +138,11 @@ def token_order() -> Ints:
     return n % 8 * 8 + n // 8
 
 
-def _put(record: Bytes, offset: int, elements: Ints, values: Halves) -> None:
-    """Writes fp16 `values` (..., n) at element numbers `elements` (n) after byte `offset`."""
+def _put(record: Bytes, offset: int, elements: Ints, values: Halves | Bytes) -> None:
+    """Writes fp16 numbers or bytes (..., n) at element numbers `elements` (n) from `offset` on."""
+    if values.dtype == np.uint8:
+        record[..., offset + elements] = values
+        return
     raw = np.ascontiguousarray(values).view(np.uint16)
     record[..., offset + 2 * elements] = (raw & 0xFF).astype(np.uint8)
     record[..., offset + 2 * elements + 1] = (raw >> 8).astype(np.uint8)
@@ -220,6 +229,31 @@ def quantize(
     return codes, np.where(has_nan, NAN16, scale), np.where(has_nan, NAN16, zero)
 
 
+def block_scale(exponents: Bytes) -> Halves:
+    scales = (exponents.astype(np.uint16) << 10).view(np.float16)
+    return np.where(exponents == 31, NAN16, scales)
+
+
+def block_zero(scale: Halves, bits: int) -> Halves:
+    """+0 where the scale is 0."""
+    return (np.float16(0) - scale * np.float16(BLOCK_MIDDLE[bits])).astype(np.float16)
+
+
+def quantize_blocks(values: Halves, bits: int) -> tuple[npt.NDArray[np.uint8], Halves, Halves]:
+    """Codes (..., 32), scale and zero (..., 1) of blocks (..., 32)."""
+    largest = np.max(np.abs(doubles(values)), axis=-1, keepdims=True)
+    limits = np.ldexp(BLOCK_LIMIT[bits], np.arange(-14, 16))
+    exponents = 1 + np.sum(largest > limits, axis=-1, keepdims=True)
+    exponents = np.where(np.isnan(largest), 31, np.where(largest == 0, 0, exponents))
+    scale = block_scale(exponents.astype(np.uint8))
+    zero = block_zero(scale, bits)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse = np.where(scale > 0, np.float32(1) / scale.astype(np.float32), np.float32(0))
+        scaled = (values.astype(np.float32) - zero.astype(np.float32)) * inverse
+    codes = np.rint(np.clip(np.where(np.isnan(scaled), 0, scaled), 0, 2**bits - 1))
+    return codes.astype(np.uint8), scale, zero
+
+
 def token_norms(k: Halves) -> Halves:
     """(..., D) -> (...): channel c joins sum c % 32 in rising order; sums are halved pairwise."""
     squares = k.astype(np.float32) ** 2
@@ -254,6 +288,10 @@ def quantize_page(f: KvFormat, k: Halves, v: Halves, first_tokens: int = 0) -> P
         k_parts = quantize(grouped, np.zeros((1, 1, 1), bool), f.k_bits, -1, f.k_clip)
     v_grouped = v.reshape(*lead, tokens, channels // f.v_group, f.v_group)
     v_parts = quantize(v_grouped, np.zeros((1, 1, 1), bool), f.v_bits, -1, f.v_clip)
+    if f.k_axis == "block":
+        k_parts, v_parts = (
+            quantize_blocks(x, bits) for x, bits in ((grouped, f.k_bits), (v_grouped, f.v_bits))
+        )
 
     def spread(part: npt.NDArray[Any], like: Halves) -> npt.NDArray[Any]:
         return np.broadcast_to(part, like.shape).reshape(k.shape)
@@ -283,11 +321,11 @@ def write_page(f: KvFormat, page: Page) -> Bytes:
 
 def _parameters(
     f: KvFormat, index: int, chunk: Chunk, page: Page
-) -> list[tuple[Halves, int, Ints]]:
+) -> list[tuple[Halves | Bytes, int, Ints]]:
     """(values, byte offset, element numbers) of every plane of parameters of a chunk."""
     begin = index * CHUNK
     tokens = slice(begin, begin + CHUNK)
-    planes: list[tuple[Halves, int, Ints]] = []
+    planes: list[tuple[Halves | Bytes, int, Ints]] = []
     for group in range(chunk.groups_here):
         token = begin + group * f.k_group
         offset = chunk.k_groups + group * 2 * f.head_dim * 2
@@ -295,12 +333,16 @@ def _parameters(
         planes.append((page.k_scale[..., token, :], offset, order))
         planes.append((page.k_zero[..., token, :], offset + 2 * f.head_dim, order))
     per_token = [(chunk.v_parameters, f.v_group, page.v_scale, page.v_zero)]
-    if f.k_axis == "token":
+    if f.k_axis != "channel":
         per_token.append((chunk.k_parameters, f.k_group, page.k_scale, page.k_zero))
     for offset, group_channels, scale, zero in per_token:
         for group in range(f.head_dim // group_channels):
-            plane = offset + group * 2 * CHUNK * 2
+            plane = offset + group * chunk.plane
             channel = group * group_channels
+            if f.k_axis == "block":
+                raw = np.ascontiguousarray(scale[..., tokens, channel]).view(np.uint16)
+                planes.append(((raw >> 10).astype(np.uint8), plane, token_order()))
+                continue
             planes.append((scale[..., tokens, channel], plane, token_order()))
             planes.append((zero[..., tokens, channel], plane + 2 * CHUNK, token_order()))
     if f.token_norm:
@@ -332,14 +374,19 @@ def read_page(f: KvFormat, record: Bytes) -> Page:
             page.k_zero[..., members, :] = _get(record, offset + 2 * f.head_dim, order)[
                 ..., None, :
             ]
-        per_token = [(chunk.v_parameters, f.v_group, page.v_scale, page.v_zero)]
-        if f.k_axis == "token":
-            per_token.append((chunk.k_parameters, f.k_group, page.k_scale, page.k_zero))
-        for offset, group_channels, scale, zero in per_token:
+        per_token = [(chunk.v_parameters, f.v_group, f.v_bits, page.v_scale, page.v_zero)]
+        if f.k_axis != "channel":
+            per_token.append((chunk.k_parameters, f.k_group, f.k_bits, page.k_scale, page.k_zero))
+        for offset, group_channels, bits, scale, zero in per_token:
             for group in range(f.head_dim // group_channels):
                 members = slice(group * group_channels, (group + 1) * group_channels)
-                plane = offset + group * 2 * CHUNK * 2
+                plane = offset + group * chunk.plane
                 order = token_order()
+                if f.k_axis == "block":
+                    scales = block_scale(record[..., plane + order])[..., None]
+                    scale[..., tokens, members] = scales
+                    zero[..., tokens, members] = block_zero(scales, bits)
+                    continue
                 scale[..., tokens, members] = _get(record, plane, order)[..., None]
                 zero[..., tokens, members] = _get(record, plane + 2 * CHUNK, order)[..., None]
         if f.token_norm:

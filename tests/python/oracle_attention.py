@@ -22,6 +22,7 @@ class Attended:
     v_terms: Doubles
     k_products: Doubles  # code * scale of tokens in pages, 0 of those in the zones
     v_products: Doubles
+    k_scales: Doubles
 
 
 def attended(cache: Any, b: int) -> Attended:
@@ -59,6 +60,7 @@ def attended(cache: Any, b: int) -> Attended:
         np.concatenate([np.abs(head_v), of_pages(page.value_terms()), np.abs(tail_v)]),
         np.concatenate([0 * head_k, of_pages(page.key_products()), 0 * tail_k]),
         np.concatenate([0 * head_v, of_pages(page.value_products()), 0 * tail_v]),
+        np.concatenate([0 * head_k, of_pages(doubles(page.k_scale)), 0 * tail_k]),
     )
 
 

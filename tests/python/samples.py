@@ -35,16 +35,21 @@ def legal_formats() -> list[KvFormat]:
                 token_norm=norm,
             )
         )
-    return formats
+    blocks = itertools.product((2, 4), (2, 4), (64, 128), (64, 128))
+    return formats + [
+        KvFormat.parse(f"k{k_bits}v{v_bits}_b32_v32_p{page}_d{channels}")
+        for k_bits, v_bits, page, channels in blocks
+    ]
 
 
 def clipped_formats() -> list[KvFormat]:
-    """Those that may have clips, with some that take turns."""
+    """The same; those that may have clips take turns with them."""
     clips = (85, 50, 77, 99)
     return [
-        KvFormat.parse(f"{f}_kclip{clips[i % 4]}_vclip{clips[i * 3 % 4]}")
+        f
+        if f.k_axis == "block"
+        else KvFormat.parse(f"{f}_kclip{clips[i % 4]}_vclip{clips[i * 3 % 4]}")
         for i, f in enumerate(legal_formats())
-        if f.k_axis != "block"
     ]
 
 
@@ -59,6 +64,8 @@ FORMATS = [
         "k4v4_t128_v128_p128_d128",
         "k2v2_c32_v32_p128_d64_norm",
         "k2v2_c128_v32_p128_d128_kclip75_vclip85",
+        "k4v2_b32_v32_p128_d128",
+        "k2v4_b32_v32_p64_d64",
     )
 ]
 

@@ -294,8 +294,8 @@ BAD_FORMATS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"k_group": None}, TypeError, ["k_group = None", "int"]),
     ({"page_tokens": 2**40}, TypeError, ["page_tokens = 1099511627776", "int"]),
     ({"head_dim": "64"}, TypeError, ["head_dim = '64'", "int"]),
-    ({"k_axis": 1}, TypeError, ["k_axis = 1", "'channel', 'token'"]),
-    ({"k_axis": "head"}, ValueError, ["k_axis = 'head'", "'channel', 'token'"]),
+    ({"k_axis": 1}, TypeError, ["k_axis = 1", "'channel', 'token', 'block'"]),
+    ({"k_axis": "head"}, ValueError, ["k_axis = 'head'", "'channel', 'token', 'block'"]),
     ({"token_norm": 2}, TypeError, ["token_norm = 2", "bool"]),
     ({"bits": 4}, TypeError, ["bits = 4", "k_bits, v_bits"]),
 ]

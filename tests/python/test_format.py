@@ -60,6 +60,9 @@ def test_name_says_everything() -> None:
         token_norm=True,
     )
     assert str(f) == "k2v4_t32_v64_p64_d64_norm"
+    blocks = KvFormat(v_bits=2, k_axis="block", k_group=32, v_group=32)
+    assert str(blocks) == "k4v2_b32_v32_p128_d128"
+    assert blocks.bits_per_element == 3.25
 
 
 def test_values_compare_by_value_and_not_with_others() -> None:
@@ -84,7 +87,14 @@ def test_fields_cannot_be_set(field: str) -> None:
     [
         ({"k_bits": 3}, "k_bits = 3", "2, 4"),
         ({"v_bits": 8}, "v_bits = 8", "2, 4"),
-        ({"k_axis": "row"}, "k_axis = 'row'", "'channel', 'token'"),
+        ({"k_axis": "row"}, "k_axis = 'row'", "'channel', 'token', 'block'"),
+        ({"k_axis": "block"}, "k_group = 128", "32"),
+        ({"k_axis": "block", "k_group": 32}, "v_group = 128", "32"),
+        (
+            {"k_axis": "block", "k_group": 32, "v_group": 32, "token_norm": True},
+            "token_norm = 1",
+            "false",
+        ),
         ({"k_group": 96}, "k_group = 96", "32, 64, 128"),
         ({"k_group": 128, "page_tokens": 64}, "k_group = 128", "page_tokens"),
         (

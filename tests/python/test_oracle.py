@@ -48,12 +48,16 @@ def test_worked_example(example: str) -> None:
         bits = f.k_bits if kind == "K" else f.v_bits
         assert codes[n, c] == code
         assert record[byte] >> bit & (2**bits - 1) == code
+        value = float(code) * float(scale[n, c]) + float(zero[n, c])
+        assert value == pytest.approx(float(fields[-1]), rel=1e-8)
+        if f.k_axis == "block":
+            exponent = int(scale[n, c].view(np.uint16)) >> 10
+            assert record[int(fields[5])] == int(fields[6]) == exponent
+            continue
         for parameter, (place_text, raw_text) in ((scale, fields[5:7]), (zero, fields[7:9])):
             assert parameter[n, c].view(np.uint16) == int(raw_text, 16)
             place = int(place_text)
             assert record[place : place + 2].view(np.uint16)[0] == int(raw_text, 16)
-        value = float(code) * float(scale[n, c]) + float(zero[n, c])
-        assert value == pytest.approx(float(fields[9]), rel=1e-8)
 
     pool = np.zeros((1, 1, f.page_bytes()), np.uint8)
     rows_k, rows_v = (x.astype(np.float32)[None, :, None] for x in (k, v))  # (B, S, H, D)
@@ -62,7 +66,7 @@ def test_worked_example(example: str) -> None:
 
 
 def test_examples_were_found() -> None:
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
 
 
 def test_reading_inverts_writing(rng: np.random.Generator) -> None:
@@ -103,7 +107,7 @@ def test_quantised_values_are_near(kind: str, rng: np.random.Generator) -> None:
 def test_attention_on_paper() -> None:
     one = np.ones((2, 1, 1))
     tokens = oracle_attention.Attended(
-        one * [[[0.0]], [[1.0]]], one * [[[3.0]], [[7.0]]], one, 7 * one, 0 * one, 0 * one
+        one * [[[0.0]], [[1.0]]], one * [[[3.0]], [[7.0]]], one, 7 * one, *[0 * one] * 3
     )
     result = oracle_attention.attention(np.full((1, 1, 1), 2.0), tokens, 0.5)
     weight = 1 / (1 + math.exp(-1))  # of the second token: its score is 1, the other's 0

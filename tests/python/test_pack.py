@@ -35,7 +35,7 @@ def assert_pages(
         )
 
 
-@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("axis", ["channel", "token", "block"])
 def test_every_format(axis: str, rng: np.random.Generator) -> None:
     for f in clipped_formats():
         if f.k_axis != axis:

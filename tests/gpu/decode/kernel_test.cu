@@ -248,7 +248,7 @@ void check(const KvFormat& f) {
   }
 }
 
-constexpr KAxis kChannel = KAxis::channel, kToken = KAxis::token;
+constexpr KAxis kChannel = KAxis::channel, kToken = KAxis::token, kBlock = KAxis::block;
 constexpr decode::Arch kSm80 = decode::Arch::sm80, kSm90 = decode::Arch::sm90;
 
 }  // namespace
@@ -298,6 +298,16 @@ TEST_CASE("sm90, 2-bit per channel, 4 columns") {
   using R = Row<kSm90, 2, 2, kChannel, 128, 4>;
   check<R>({.k_bits = 2, .v_bits = 2});
   check<R>({.k_bits = 2, .v_bits = 2, .k_group = 32, .v_group = 32, .token_norm = true});
+}
+
+TEST_CASE("blocks, 4 and 8 columns") {
+  check<Row<kSm90, 4, 4, kBlock, 128, 4>>({.k_axis = kBlock, .k_group = 32, .v_group = 32});
+  check<Row<kSm80, 2, 4, kBlock, 64, 8>>({.k_bits = 2,
+                                          .k_axis = kBlock,
+                                          .k_group = 32,
+                                          .v_group = 32,
+                                          .page_tokens = 64,
+                                          .head_dim = 64});
 }
 
 TEST_CASE("sm80 copies, 4-bit K per token, 4 columns") {

@@ -57,8 +57,10 @@ TEST_CASE("bytes equal the CPU's for every legal format") {
 
 TEST_CASE("every family of values, both element types, with and without first tokens") {
   for (const bool norm : {false, true}) {
-    for (const KAxis axis : {KAxis::channel, KAxis::token}) {
-      const KvFormat f{.k_axis = axis, .k_group = 64, .v_group = 64, .token_norm = norm};
+    for (const KAxis axis : {KAxis::channel, KAxis::token, KAxis::block}) {
+      const int group = axis == KAxis::block ? 32 : 64;
+      const KvFormat f{.k_axis = axis, .k_group = group, .v_group = group, .token_norm = norm};
+      if (!format::is_valid(f)) continue;  // blocks with norms
       for (int family = 0; family <= int(Family::last); ++family) {
         for (const ElementType type : {ElementType::f16, ElementType::bf16}) {
           for (const int keep_first : {0, 16, 100, 128}) {

@@ -37,6 +37,8 @@ TEST_CASE("arguments are told by their shape") {
   CHECK(r.cases.size() == 1);
   REQUIRE(parse_request({"decode_sm80_k4v2_t_d64_n16", "1x1x1@9"}, &r).is_ok());
   CHECK(name(r.format) == "k4v2_t64_v64_p128_d64");
+  REQUIRE(parse_request({"decode_sm90_k4v4_b_d128_n8", "1x1x1@9"}, &r).is_ok());
+  CHECK(name(r.format) == "k4v4_b32_v32_p128_d128");
 }
 
 TEST_CASE("what can't be timed is refused by value and what is allowed") {

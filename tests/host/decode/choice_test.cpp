@@ -104,6 +104,10 @@ TEST_CASE("tiles of 32 and 64 columns are for whole groups without norms") {
       CHECK(table.choice(90, columns, format) == "decode_sm90_k2v2_c_d128_n16");
     }
   }
+  const KvFormat blocks{.k_axis = KAxis::block, .k_group = 32, .v_group = 32};
+  for (const int tile : {4, 8, 16, 32, 64}) {
+    CHECK(decode::serves({Arch::sm90, layout::page_config(blocks), tile}, blocks) == (tile <= 16));
+  }
 }
 
 TEST_CASE("where a tile is not built the next wider one serves, else the widest") {

@@ -35,24 +35,56 @@ std::vector<float> coded_k(const KvFormat& f, const Page& page) {
   return k;
 }
 
-// Codes a group of tokens x channels that begins at (token0, channel0).
+// Codes a group of tokens x channels that begins at (token0, channel0); parameters(token, channel,
+// range) are stored and returned.
 template <int Bits>
-void code_group(auto&& value, auto codes, auto scales, auto zeros, int token0, int tokens,
-                int channel0, int channels, int keep_first) {
+void code_group(auto&& value, auto codes, auto&& parameters, int token0, int tokens, int channel0,
+                int channels, int keep_first) {
   format::GroupRange range;
   for (int token = token0; token < token0 + tokens; ++token) {
     for (int channel = channel0; channel < channel0 + channels; ++channel) {
       if (token >= keep_first) range.include(value(token, channel));
     }
   }
-  const format::GroupParameters p = format::group_parameters(range, Bits);
-  scales(token0, channel0) = cutlass::half_t::bitcast(p.scale);
-  zeros(token0, channel0) = cutlass::half_t::bitcast(p.zero);
-  const format::GroupCoder coder(p);
+  const format::GroupCoder coder(parameters(token0, channel0, range));
   for (int token = token0; token < token0 + tokens; ++token) {
     for (int channel = channel0; channel < channel0 + channels; ++channel) {
       codes(token, channel) = layout::Code<Bits>(coder.code(value(token, channel), Bits));
     }
+  }
+}
+
+template <int Bits>
+auto storing(auto scales, auto zeros) {
+  return [=](int token, int channel, const format::GroupRange& range) {
+    const format::GroupParameters p = format::group_parameters(range, Bits);
+    scales(token, channel) = cutlass::half_t::bitcast(p.scale);
+    zeros(token, channel) = cutlass::half_t::bitcast(p.zero);
+    return p;
+  };
+}
+template <int Bits>
+auto storing(auto exponents) {
+  return [=](int token, int channel, const format::GroupRange& range) {
+    exponents(token, channel) = format::block_exponent(range, Bits);
+    return format::block_parameters(exponents(token, channel), Bits);
+  };
+}
+
+template <layout::PageConfig C>
+auto storing_k(const layout::PackedKvPage<C>& page) {
+  if constexpr (C.has_blocks()) {
+    return storing<C.k_bits>(page.k_exponents());
+  } else {
+    return storing<C.k_bits>(page.k_scales(), page.k_zeros());
+  }
+}
+template <layout::PageConfig C>
+auto storing_v(const layout::PackedKvPage<C>& page) {
+  if constexpr (C.has_blocks()) {
+    return storing<C.v_bits>(page.v_exponents());
+  } else {
+    return storing<C.v_bits>(page.v_scales(), page.v_zeros());
   }
 }
 
@@ -65,14 +97,14 @@ void pack_example(const KvFormat& f, int keep_first, std::uint8_t* bytes) {
   const int tokens = per_channel ? f.k_group : 1, channels = per_channel ? 1 : f.k_group;
   for (int token = 0; token < f.page_tokens; token += tokens) {
     for (int channel = 0; channel < f.head_dim; channel += channels) {
-      code_group<C.k_bits>(k_at, page.k_codes(), page.k_scales(), page.k_zeros(), token, tokens,
-                           channel, channels, per_channel ? keep_first : 0);
+      code_group<C.k_bits>(k_at, page.k_codes(), storing_k<C>(page), token, tokens, channel,
+                           channels, per_channel ? keep_first : 0);
     }
   }
   for (int token = 0; token < f.page_tokens; ++token) {
     for (int channel = 0; channel < f.head_dim; channel += f.v_group) {
-      code_group<C.v_bits>(example_v, page.v_codes(), page.v_scales(), page.v_zeros(), token, 1,
-                           channel, f.v_group, 0);
+      code_group<C.v_bits>(example_v, page.v_codes(), storing_v<C>(page), token, 1, channel,
+                           f.v_group, 0);
     }
   }
 }

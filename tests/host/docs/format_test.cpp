@@ -43,34 +43,60 @@ std::string after(std::istringstream& line, const std::string& expected) {
 
 std::vector<std::uint8_t> pack(const KvFormat& f, int keep_first) {
   std::vector<std::uint8_t> bytes(page_bytes(f));
-  constexpr layout::PageConfig kFirst{4, 2, KAxis::channel, 128}, kSecond{2, 4, KAxis::token, 64};
+  constexpr layout::PageConfig kFirst{4, 2, KAxis::channel, 128}, kSecond{2, 4, KAxis::token, 64},
+      kThird{4, 2, KAxis::block, 64};
   if (layout::page_config(f) == kFirst) {
     test::pack_example<kFirst>(f, keep_first, bytes.data());
-  } else {
-    REQUIRE(layout::page_config(f) == kSecond);
+  } else if (layout::page_config(f) == kSecond) {
     test::pack_example<kSecond>(f, keep_first, bytes.data());
+  } else {
+    REQUIRE(layout::page_config(f) == kThird);
+    test::pack_example<kThird>(f, keep_first, bytes.data());
   }
   return bytes;
 }
 
-// K and V rows:  token channel  byte bit code  scale_at scale zero_at zero  value
-void check_element(const test::PageReader& page, bool is_k, std::istringstream& line) {
-  int token, channel, byte, bit, scale_at, zero_at;
-  std::uint32_t code, scale, zero;
+// ... scale_at scale zero_at zero  value
+void check_group(const test::PageReader& page, bool is_k, int token, int channel,
+                 std::uint32_t code, std::istringstream& line) {
+  int scale_at, zero_at;
+  std::uint32_t scale, zero;
   float value;
-  line >> token >> channel >> byte >> bit >> code;
   line >> scale_at >> std::hex >> scale >> std::dec >> zero_at >> std::hex >> zero >> value;
   REQUIRE_FALSE(line.fail());
-  const test::CodePlace place = is_k ? page.k_place(token, channel) : page.v_place(token, channel);
-  CHECK(place.byte == byte);
-  CHECK(place.bit == bit);
-  CHECK(page.code(place, is_k ? page.f.k_bits : page.f.v_bits) == code);
   CHECK((is_k ? page.k_scale(token, channel) : page.v_scale(token, channel)) == scale_at);
   CHECK((is_k ? page.k_zero(token, channel) : page.v_zero(token, channel)) == zero_at);
   CHECK(page.fp16(scale_at) == scale);
   CHECK(page.fp16(zero_at) == zero);
   const format::GroupParameters parameters{page.fp16(scale_at), page.fp16(zero_at)};
   CHECK(format::dequantize(code, parameters) == value);
+}
+
+// ... exponent_at exponent  value
+void check_block(const test::PageReader& page, bool is_k, int token, int channel,
+                 std::uint32_t code, std::istringstream& line) {
+  int exponent_at, exponent;
+  float value;
+  line >> exponent_at >> exponent >> value;
+  REQUIRE_FALSE(line.fail());
+  CHECK((is_k ? page.k_exponent(token, channel) : page.v_exponent(token, channel)) == exponent_at);
+  CHECK(page.bytes[exponent_at] == exponent);
+  const format::GroupParameters parameters = format::block_parameters(
+      static_cast<std::uint8_t>(exponent), is_k ? page.f.k_bits : page.f.v_bits);
+  CHECK(format::dequantize(code, parameters) == value);
+}
+
+// K and V rows:  token channel  byte bit code  and what the code's group or block is
+void check_element(const test::PageReader& page, bool is_k, std::istringstream& line) {
+  int token, channel, byte, bit;
+  std::uint32_t code;
+  line >> token >> channel >> byte >> bit >> code;
+  const test::CodePlace place = is_k ? page.k_place(token, channel) : page.v_place(token, channel);
+  CHECK(place.byte == byte);
+  CHECK(place.bit == bit);
+  CHECK(page.code(place, is_k ? page.f.k_bits : page.f.v_bits) == code);
+  page.blocks() ? check_block(page, is_k, token, channel, code, line)
+                : check_group(page, is_k, token, channel, code, line);
 }
 
 // Norm rows:  token  at bits
@@ -85,7 +111,7 @@ void check_norm(const test::PageReader& page, std::istringstream& line) {
 
 TEST_CASE("docs/format.md: every number of the worked example") {
   std::vector<Block> blocks = read_blocks("docs/format.md");
-  REQUIRE(blocks.size() == 2);
+  REQUIRE(blocks.size() == 3);
   int rows = 0;
   for (Block& block : blocks) {
     REQUIRE(block.size() > 3);

@@ -189,6 +189,66 @@ TEST_CASE("constant, empty and NaN groups; values outside the range") {
   }
 }
 
+GroupRange range_of(const std::vector<float>& values) {
+  GroupRange range;
+  for (const float value : values) range.include(value);
+  return range;
+}
+
+TEST_CASE("a block's exponent is the smallest whose limit holds its largest magnitude") {
+  for_each_group([](const std::vector<float>& values, int bits) {
+    double largest = 0.;
+    for (const float value : values) largest = std::max(largest, std::fabs(double{value}));
+    const std::uint8_t exponent = block_exponent(range_of(values), bits);
+    const GroupParameters p = block_parameters(exponent, bits);
+    const double limit = bits == 2 ? 3.5 : 10., middle = bits == 2 ? 1.5 : 7.5;
+    if (largest == 0.) {
+      REQUIRE(exponent == kZeroBlock);
+      REQUIRE(p == GroupParameters{0, 0});
+      return;
+    }
+    const double scale = std::ldexp(1., exponent - 15);
+    REQUIRE((exponent >= 1 && exponent <= 30));
+    REQUIRE(largest <= limit * scale);
+    REQUIRE((exponent == 1 || largest > limit * scale / 2.));
+    REQUIRE(float_from_fp16(p.scale) == scale);
+    REQUIRE(float_from_fp16(p.zero) == -middle * scale);
+  });
+}
+
+TEST_CASE("a value of a block gets the code whose value is nearest, exact in fp16") {
+  for_each_group([](const std::vector<float>& values, int bits) {
+    const GroupParameters p = block_parameters(block_exponent(range_of(values), bits), bits);
+    const GroupCoder coder(p);
+    const float scale = float_from_fp16(p.scale);
+    for (const float value : values) {
+      const std::uint32_t code = coder.code(value, bits);
+      const float read = dequantize(code, p);
+      REQUIRE(float_from_fp16(fp16_from_float(read)) == read);
+      float nearest = INFINITY;
+      for (int other = 0; other <= max_code(bits); ++other) {
+        nearest = std::min(nearest, std::fabs(value - dequantize(other, p)));
+      }
+      // One fp32 rounding of value - zero.
+      if (std::fabs(value - read) > nearest + scale * 0x1p-19f) FAIL(value, ": ", read);
+    }
+  });
+}
+
+TEST_CASE("blocks with a NaN, of zeros, of infinities") {
+  for (const int bits : {2, 4}) {
+    const std::uint8_t nan = block_exponent(range_of({1.f, std::nanf(""), 2.f}), bits);
+    CHECK(nan == kNaNBlock);
+    CHECK(block_parameters(nan, bits) == GroupParameters{kFp16NaN, kFp16NaN});
+    CHECK(GroupCoder(block_parameters(nan, bits)).code(1.f, bits) == 0);
+    CHECK(block_exponent(range_of({0.f, -0.f}), bits) == kZeroBlock);
+    CHECK(block_exponent(range_of({0x1p-24f}), bits) == 1);
+    CHECK(block_exponent(range_of({-65504.f, 1.f}), bits) == (bits == 2 ? 30 : 28));
+    CHECK(block_exponent(range_of({block_limit(bits)}), bits) == 15);
+    CHECK(block_exponent(range_of({-1.001f * block_limit(bits)}), bits) == 16);
+  }
+}
+
 TEST_CASE("fusing a product into a sum changes nothing: codes times scales and squares are exact") {
   for (std::uint32_t i = 0; i < 0x7c00; ++i) {
     const float x = float_from_fp16(static_cast<std::uint16_t>(i));
