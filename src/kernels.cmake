@@ -10,7 +10,8 @@ set(BITDECODING_PAGES
   k4v4_c_d64  k4v4_c_d128  k4v4_t_d64  k4v4_t_d128
   k4v2_c_d64  k4v2_c_d128  k4v2_t_d64  k4v2_t_d128
   k2v4_c_d64  k2v4_c_d128  k2v4_t_d64  k2v4_t_d128
-  k2v2_c_d64  k2v2_c_d128  k2v2_t_d64  k2v2_t_d128)
+  k2v2_c_d64  k2v2_c_d128  k2v2_t_d64  k2v2_t_d128
+  k4v4_c_d256 k4v4_t_d256  k4v2_c_d256 k2v2_c_d256)
 set(BITDECODING_KERNEL_TABLE
 #  kind          pages      tile  registers  stack  shared
   "pack          *          -            48      0       0"   # prefill pack, every device
@@ -25,9 +26,10 @@ set(BITDECODING_KERNEL_TABLE
   "decode_sm90   *          n16         255      0       0"   #   8 warps
   "decode_sm90   *_c_d128   n16         255     24       0"   #   spills
   "decode_sm90   *_t_d128   n16         255    136       0"   #   spills
-  "decode_sm90   *          n32         168      0       0"   #   wgmma: 3 warpgroups
+  "decode_sm90   *_d128     n32         168      0       0"   #   wgmma: 3 warpgroups
   "decode_sm90   *_d64      n32         168      8       0"   #   spills
-  "decode_sm90   *          n64         255      0       0")  #   wgmma: 2 warpgroups
+  "decode_sm90   *_d128     n64         255      0       0"   #   wgmma: 2 warpgroups
+  "decode_sm90   *_d64      n64         255      0       0")
 # Rows of a kind compile in order, several to a unit: CuTe's headers cost seconds each time.
 set(BITDECODING_PACK_KERNELS_PER_UNIT 8)
 set(BITDECODING_APPEND_KERNELS_PER_UNIT 8)

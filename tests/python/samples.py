@@ -18,7 +18,7 @@ def legal_formats() -> list[KvFormat]:
     """Every format that KvFormat accepts."""
     formats = []
     for k_bits, v_bits, axis, k_group, v_group, page, channels, norm in itertools.product(
-        (2, 4), (2, 4), ("channel", "token"), (32, 64, 128), (32, 64, 128), (64, 128), (64, 128),
+        (2, 4), (2, 4), ("channel", "token"), (32, 64, 128), (32, 64, 128), (64, 128), (64, 128, 256),
         (False, True),
     ):  # fmt: skip
         if v_group > channels or k_group > (page if axis == "channel" else channels):
@@ -48,6 +48,7 @@ FORMATS = [
         "k2v4_t32_v64_p64_d64",
         "k4v4_t128_v128_p128_d128",
         "k2v2_c32_v32_p128_d64_norm",
+        "k4v2_c64_v32_p128_d256",
     )
 ]
 

@@ -133,12 +133,16 @@ TEST_CASE("every legal format: one fp16 per group, in lane order, filling its se
     // Codes only move sections; one mix of widths suffices where groups are concerned.
     if (f.k_bits != 4 || f.v_bits != 2) continue;
     CAPTURE(name(f));
-    f.head_dim == 64 ? check_k<64>(f) : check_k<128>(f);
+    if (f.head_dim == 64) check_k<64>(f);
+    if (f.head_dim == 128) check_k<128>(f);
+    if (f.head_dim == 256) check_k<256>(f);
     check_v(f);
   }
   for (const KvFormat& f : test::legal_formats()) {
     CAPTURE(name(f));
-    f.head_dim == 64 ? check_coverage<64>(f) : check_coverage<128>(f);
+    if (f.head_dim == 64) check_coverage<64>(f);
+    if (f.head_dim == 128) check_coverage<128>(f);
+    if (f.head_dim == 256) check_coverage<256>(f);
   }
 }
 
