@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitdecoding import KvFormat
+from bitdecoding.plan import has_kernels
 
 Floats32 = npt.NDArray[np.float32]
 
@@ -18,8 +19,8 @@ def legal_formats() -> list[KvFormat]:
     """Every format that KvFormat accepts."""
     formats = []
     for k_bits, v_bits, axis, k_group, v_group, page, channels, norm in itertools.product(
-        (2, 4), (2, 4), ("channel", "token"), (32, 64, 128), (32, 64, 128), (64, 128), (64, 128, 256),
-        (False, True),
+        (2, 4), (2, 4), ("channel", "token"), (32, 64, 128), (32, 64, 128), (64, 128),
+        (64, 128, 256), (False, True),
     ):  # fmt: skip
         if v_group > channels or k_group > (page if axis == "channel" else channels):
             continue
@@ -36,6 +37,11 @@ def legal_formats() -> list[KvFormat]:
             )
         )
     return formats
+
+
+def cuda_formats() -> list[KvFormat]:
+    """Those that the kernel table is to serve: at head_dim 256 it has some pages, not all."""
+    return [f for f in legal_formats() if f.head_dim < 256 or has_kernels(f)]
 
 
 # A few that differ in everything, for tests with many cases of their own.

@@ -35,8 +35,7 @@ struct AnyGroups {
 
 constexpr bool has_whole_groups(const KvFormat& f) {
   const int channels = std::min(f.head_dim, kMostGroupChannels);
-  const bool whole_k =
-      f.k_axis == KAxis::token ? f.k_group == channels : f.k_group >= kChunkTokens;
+  const bool whole_k = f.k_axis == KAxis::token ? f.k_group == channels : f.k_group >= kChunkTokens;
   return whole_k && f.v_group == channels && !f.token_norm;
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decode attention, one launch: every stream, one warp, two or a warpgroup, takes its share of the batch's
-// bytes, the CTA merges its streams' partials, and the last CTA to finish a segment merges the segment.
+// Decode attention, one launch: every stream (a warp or more) takes its share of the batch's bytes,
+// the CTA merges its streams' partials, and the last CTA to finish a segment merges the segment.
 //   workspace   Partial [CTAs][streams]: ends of segments inside a CTA | Partial [CTAs][2]: first and
 //               last segment of a CTA          counters [CTAs][columns], 0 between launches
 #pragma once

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bytes into a stream's ring by cp.async (sm_80 and newer), 16 at a time, all threads together. Every
+// Bytes into a stream's ring by cp.async (sm_80 and newer), 16 at a time, by all threads. Every
 // turn commits one group, an empty one where nothing is left to load.
 #pragma once
 

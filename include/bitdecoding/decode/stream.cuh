@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One warp, a flash-decoding stream of its own: its items in order, into its own m, l and O. No CTA
-// barrier. Where two warps are a stream, each does this for half of the columns.   scores -> mask -> maximum -> weights -> values
+// barrier. Two warps that are one stream do this for half of the columns each.
+//   scores -> mask -> maximum -> weights -> values
 #pragma once
 
 #include "bitdecoding/decode/bytes/scores.cuh"

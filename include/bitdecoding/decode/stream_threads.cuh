@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The threads of one stream: a warp, two, or, where products are wgmma's, a warpgroup. All warps of a
-// stream walk through its items alike, each with storage of its own; one warp issues the copies.
+// The threads of one stream: a warp, two, or, where products are wgmma's, a warpgroup. All warps
+// of a stream walk through its items alike, each with storage of its own; one issues bulk copies.
 #pragma once
 
 #include "bitdecoding/arch/sm80.cuh"

@@ -218,8 +218,7 @@ struct Case {
   }
 };
 
-#define CODE_CASES \
-  Case<4, 256>, Case<2, 256>, Case<4, 128>, Case<2, 128>, Case<4, 64>, Case<2, 64>
+#define CODE_CASES Case<4, 256>, Case<2, 256>, Case<4, 128>, Case<2, 128>, Case<4, 64>, Case<2, 64>
 
 TEST_CASE_TEMPLATE("codes are numbered 0 to 64 D - 1, each once", C, CODE_CASES) {
   std::vector<int> k_seen(64 * C::head_dim), v_seen(64 * C::head_dim);
