@@ -45,8 +45,8 @@ inline Status format_of_kernel(const std::string& kernel, KvFormat* format) {
         " for example decode_sm90_k4v4_c_d128_n8");
   }
   f.k_axis = axis == 'c' ? KAxis::channel : axis == 't' ? KAxis::token : KAxis::block;
-  f.k_group = axis == 'b' ? 32 : axis == 'c' ? f.page_tokens : f.head_dim;
-  f.v_group = axis == 'b' ? 32 : f.head_dim;
+  f.v_group = axis == 'b' ? 32 : std::min(f.head_dim, kMostGroupChannels);
+  f.k_group = axis == 'c' ? f.page_tokens : f.v_group;
   if (Status status = validate(f); !status.is_ok()) return status;
   *format = f;
   return {};

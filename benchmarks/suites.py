@@ -16,6 +16,9 @@ INT4_PER_TOKEN = "k4v4_t128_v128_p128_d128"
 INT2_PER_TOKEN = "k2v2_t128_v128_p128_d128"
 INT4_D64 = "k4v4_c128_v64_p128_d64"
 INT2_D64 = "k2v2_c128_v64_p128_d64"
+INT4_D256 = "k4v4_c128_v128_p128_d256"
+K4V2_D256 = "k4v2_c128_v128_p128_d256"
+INT2_D256 = "k2v2_c128_v128_p128_d256"
 FORMATS = (INT4, K4V2, INT2, SMALL_GROUPS)
 
 PLAN = "plan"  # the kernel that plan_decode chooses
@@ -34,6 +37,7 @@ SUITES = {
     "large": Suite(FORMATS),
     "single": Suite(FORMATS),
     "head64": Suite((INT4_D64, INT2_D64)),
+    "head256": Suite((INT4_D256, K4V2_D256, INT2_D256)),
     "token": Suite((INT4_PER_TOKEN, INT2_PER_TOKEN)),
     "columns": Suite((INT4, INT2)),
     "cp_async": Suite((INT4, INT2), kernel="decode_sm80_*"),
@@ -42,7 +46,7 @@ SUITES = {
     "grid": Suite((INT4, INT2)),
     "quick": Suite((INT4,)),
 }
-TARGETS = tuple(tag for tag in SUITES if tag not in ("grid", "quick"))
+TARGETS = tuple(tag for tag in SUITES if tag not in ("head256", "grid", "quick"))
 
 
 @dataclass(frozen=True)

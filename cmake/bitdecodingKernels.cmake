@@ -77,8 +77,8 @@ endfunction()
 
 # `out` = the C++ value that a row's name means: <kind>[_<arch>]_k<bits>v<bits>_<axis>_d<head_dim>[_n<columns>].
 function(bitdecoding_kernel_config out name)
-  if(NOT name MATCHES "^[a-z]+(_sm[0-9]+)?_k([24])v([24])_([ctb])_d(64|128)(_n(4|8|16|32|64))?$")
-    message(FATAL_ERROR "kernel table: '${name}' is not <kind>[_sm<80|90>]_k<2|4>v<2|4>_<c|t|b>_d<64|128>"
+  if(NOT name MATCHES "^[a-z]+(_sm[0-9]+)?_k([24])v([24])_([ctb])_d(64|128|256)(_n(4|8|16|32|64))?$")
+    message(FATAL_ERROR "kernel table: '${name}' is not <kind>[_sm<80|90>]_k<2|4>v<2|4>_<c|t|b>_d<64|128|256>"
       "[_n<4|8|16|32|64>]")
   endif()
   string(REPLACE "_" "" arch "${CMAKE_MATCH_1}")

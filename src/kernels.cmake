@@ -10,27 +10,37 @@ set(BITDECODING_PAGES
   k4v4_c_d64  k4v4_c_d128  k4v4_t_d64  k4v4_t_d128  k4v4_b_d64  k4v4_b_d128
   k4v2_c_d64  k4v2_c_d128  k4v2_t_d64  k4v2_t_d128  k4v2_b_d64  k4v2_b_d128
   k2v4_c_d64  k2v4_c_d128  k2v4_t_d64  k2v4_t_d128  k2v4_b_d64  k2v4_b_d128
-  k2v2_c_d64  k2v2_c_d128  k2v2_t_d64  k2v2_t_d128  k2v2_b_d64  k2v2_b_d128)
+  k2v2_c_d64  k2v2_c_d128  k2v2_t_d64  k2v2_t_d128  k2v2_b_d64  k2v2_b_d128
+  k4v4_c_d256 k4v4_t_d256  k4v2_c_d256 k2v2_c_d256)
 set(BITDECODING_KERNEL_TABLE
 #  kind          pages      tile  registers  stack  shared
   "pack          *          -            48      0       0"   # prefill pack, every device
   "append        *          -            64      0       0"   # append, every device
+  "pack          *_d256     -            64      0       0"   #   two CTAs fill the shared memory of an SM
+  "append        *_d256     -           128      0       0"
   "decode_sm80   *          n4          168     16       0"   # decode for 8.0 to 8.9, cp.async rings: 12 warps; spills, in merges
   "decode_sm80   *          n8          168     16       0"
-  "decode_sm80   *          n16         255      0       0"   #   8 warps
+  "decode_sm80   *_d256     n4          255      0       0"   #   8 warps
+  "decode_sm80   *_d256     n8          255      0       0"
+  "decode_sm80   *_t_d256   n8          255      8       0"   #   spills
+  "decode_sm80   *          n16         255      0       0"   #   8 warps; head_dim 256: of 8 columns each
   "decode_sm80   *_c_d128   n16         255     16       0"   #   spills
   "decode_sm80   *_t_d128   n16         255    128       0"   #   spills
   "decode_sm90   *          n4          168      0       0"   # decode for 9.0, bulk-copy rings: 12 warps
   "decode_sm90   *          n8          168      8       0"   #   spills
-  "decode_sm90   *          n16         255      0       0"   #   8 warps
+  "decode_sm90   *_d256     n4          255      0       0"   #   8 warps
+  "decode_sm90   *_d256     n8          255      0       0"
+  "decode_sm90   *          n16         255      0       0"   #   8 warps; head_dim 256: of 8 columns each
   "decode_sm90   *_c_d128   n16         255     24       0"   #   spills
   "decode_sm90   *_t_d128   n16         255    136       0"   #   spills
-  "decode_sm90   *_c_*      n32         168      0       0"   #   wgmma: 3 warpgroups; not for blocks
-  "decode_sm90   *_t_*      n32         168      0       0"
+  "decode_sm90   *_c_d128   n32         168      0       0"   #   wgmma: 3 warpgroups; not for blocks
+  "decode_sm90   *_t_d128   n32         168      0       0"
   "decode_sm90   *_c_d64    n32         168      8       0"   #   spills
   "decode_sm90   *_t_d64    n32         168      8       0"   #   spills
-  "decode_sm90   *_c_*      n64         255      0       0"   #   wgmma: 2 warpgroups
-  "decode_sm90   *_t_*      n64         255      0       0")
+  "decode_sm90   *_c_d128   n64         255      0       0"   #   wgmma: 2 warpgroups
+  "decode_sm90   *_t_d128   n64         255      0       0"
+  "decode_sm90   *_c_d64    n64         255      0       0"
+  "decode_sm90   *_t_d64    n64         255      0       0")
 # Rows of a kind compile in order, several to a unit: CuTe's headers cost seconds each time.
 set(BITDECODING_PACK_KERNELS_PER_UNIT 8)
 set(BITDECODING_APPEND_KERNELS_PER_UNIT 8)

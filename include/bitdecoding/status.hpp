@@ -31,7 +31,7 @@ class [[nodiscard]] Status {
 };
 
 // Joins its arguments to the text of an `invalid_argument`:
-//   invalid_argument("head_dim = ", 96, "; allowed: 64, 128")
+//   invalid_argument("head_dim = ", 96, "; allowed: 64, 128, 256")
 template <class... Parts>
 Status invalid_argument(const Parts&... parts) {
   std::ostringstream text;

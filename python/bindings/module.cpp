@@ -36,7 +36,7 @@ k_axis : what shares a K scale: 'channel', k_group tokens of one channel, or 'to
 k_group : 32, 64 or 128, at most page_tokens (channel axis) or head_dim (token axis); blocks: 32
 v_group : channels of one token that share a V scale: 32, 64 or 128, at most head_dim; blocks: 32
 page_tokens : tokens of a page: 64 or 128
-head_dim : channels of a head: 64 or 128
+head_dim : channels of a head: 64, 128 or 256
 token_norm : K is coded divided by its token's norm, which then multiplies the score; not in blocks
 k_clip, v_clip : percent of a group's range, about its middle, that the codes span: 50 to 100;
     values beyond become the first or the last code. In blocks 100

@@ -21,7 +21,9 @@ from __future__ import annotations
 from bitdecoding import KvFormat
 from bitdecoding.arrays import as_format
 
-# name: (k_bits, v_bits, k_group in tokens, v_group in channels; None = the whole head)
+MOST_GROUP_CHANNELS = 128
+
+# name: (k_bits, v_bits, k_group in tokens, v_group in channels; None = the whole head, 128 at most)
 RECIPES: dict[str, tuple[int, int, int, int | None]] = {
     "int4": (4, 4, 32, None),
     "k4v2": (4, 2, 128, 32),
@@ -41,7 +43,7 @@ def resolve_format(format: KvFormat | str, head_dim: int) -> KvFormat:
             k_bits=k_bits,
             v_bits=v_bits,
             k_group=k_group,
-            v_group=v_group or head_dim,
+            v_group=v_group or min(head_dim, MOST_GROUP_CHANNELS),
             head_dim=head_dim,
         )
     try:

@@ -278,9 +278,12 @@ void score_codes(const KeyCodes& k, const float* q, const float* bias, int rows,
   if (k.head_dim == 64) {
     k.bits == 2 ? score_blocks<2, 64>(k, q, bias, rows, scores)
                 : score_blocks<4, 64>(k, q, bias, rows, scores);
-  } else {
+  } else if (k.head_dim == 128) {
     k.bits == 2 ? score_blocks<2, 128>(k, q, bias, rows, scores)
                 : score_blocks<4, 128>(k, q, bias, rows, scores);
+  } else {
+    k.bits == 2 ? score_blocks<2, 256>(k, q, bias, rows, scores)
+                : score_blocks<4, 256>(k, q, bias, rows, scores);
   }
 }
 
@@ -362,8 +365,10 @@ BITDECODING_CLONES
 void add_codes(const ValueCodes& v, const float* p, int rows, float* out) {
   if (v.head_dim == 64) {
     v.bits == 2 ? add_chunk<2, 64>(v, p, rows, out) : add_chunk<4, 64>(v, p, rows, out);
-  } else {
+  } else if (v.head_dim == 128) {
     v.bits == 2 ? add_chunk<2, 128>(v, p, rows, out) : add_chunk<4, 128>(v, p, rows, out);
+  } else {
+    v.bits == 2 ? add_chunk<2, 256>(v, p, rows, out) : add_chunk<4, 256>(v, p, rows, out);
   }
 }
 

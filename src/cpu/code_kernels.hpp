@@ -9,11 +9,13 @@
 
 #include <cstdint>
 
+#include "bitdecoding/layout/page_config.hpp"
+
 namespace bitdecoding::cpu {
 
 inline constexpr int kRowTile = 8;          // query rows that share a pass over the cache
 inline constexpr int kSegmentTokens = 512;  // tokens per softmax step: scores stay in L1
-inline constexpr int kMaxVGroups = 4;
+inline constexpr int kMaxVGroups = layout::kMaxHeadDim / 32;
 
 // Lane order: channel 8i + 2t + h at t * D/4 + 2i + h, the order of channel-axis parameters.
 constexpr int lane_order(int channel, int head_dim) {

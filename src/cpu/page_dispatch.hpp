@@ -11,9 +11,9 @@
 namespace bitdecoding::cpu {
 
 inline constexpr std::array kPageConfigs = [] {
-  std::array<layout::PageConfig, 24> configs{};
+  std::array<layout::PageConfig, 36> configs{};
   std::size_t i = 0;
-  for (const int head_dim : {64, 128}) {
+  for (const int head_dim : {64, 128, 256}) {
     for (const KAxis axis : {KAxis::channel, KAxis::token, KAxis::block}) {
       for (const int k_bits : {2, 4}) {
         for (const int v_bits : {2, 4}) configs[i++] = {k_bits, v_bits, axis, head_dim};

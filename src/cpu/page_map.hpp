@@ -18,7 +18,7 @@ struct PageMap {
   static constexpr int kRunTokens = 32;
   static constexpr int kChunks = 2;
   static constexpr int kRuns = 4;
-  static constexpr int kGroups = 4;  // of channels
+  static constexpr int kGroups = kMaxVGroups;  // of channels
 
   // Scales, and zero-points at the same place of `zeros`; of blocks the exponents, twice.
   struct Parameters {

@@ -100,7 +100,7 @@ inline KvFormat draw_format(const decode::DecodeConfig& config, Draw& draw) {
   return draw.one_of(formats);
 }
 
-// Warps of a CTA: streams of one or four.
+// Warps of a CTA: streams of one, two or four.
 inline int draw_warps(const decode::DecodeConfig& config, int first, Draw& draw) {
   const int of_stream = decode::stream_warps(config);
   return draw.between((first + of_stream - 1) / of_stream, decode::max_warps(config) / of_stream) *

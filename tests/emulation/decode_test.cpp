@@ -334,6 +334,24 @@ TEST_CASE("sm90, 2/4 bits in blocks, head_dim 128, 8 columns") {
 TEST_CASE("sm80, 4/2 bits in blocks, head_dim 64, 16 columns") {
   check_batches<Row<kSm80, 4, 2, kBlock, 64, 16>>();
 }
+TEST_CASE("sm90, 4/4 bits per channel, head_dim 256, 4 columns") {
+  check_batches<Row<kSm90, 4, 4, kChannel, 256, 4>>();
+}
+TEST_CASE("sm90, 4/4 bits per token, head_dim 256, 8 columns") {
+  check_batches<Row<kSm90, 4, 4, kToken, 256, 8>>();
+}
+TEST_CASE("sm90, 2/2 bits per channel, head_dim 256, 16 columns") {
+  check_batches<Row<kSm90, 2, 2, kChannel, 256, 16>>();
+}
+TEST_CASE("sm80, 4/4 bits per token, head_dim 256, 4 columns") {
+  check_batches<Row<kSm80, 4, 4, kToken, 256, 4>>();
+}
+TEST_CASE("sm80, 2/2 bits per channel, head_dim 256, 8 columns") {
+  check_batches<Row<kSm80, 2, 2, kChannel, 256, 8>>();
+}
+TEST_CASE("sm80, 4/2 bits per channel, head_dim 256, 16 columns") {
+  check_batches<Row<kSm80, 4, 2, kChannel, 256, 16>>();
+}
 
 TEST_CASE("more than 1024 sequences") {
   check<Row<kSm80, 2, 4, kToken, 64, 16>>(Batch::more_than_lanes_squared, 0);

@@ -21,6 +21,7 @@
 namespace bitdecoding::emulation {
 
 inline constexpr int kLanes = 32;
+inline constexpr int kPairThreads = 2 * kLanes;
 inline constexpr int kGroupThreads = 4 * kLanes;  // of a warpgroup
 
 // When copies land that nobody waits for yet.
@@ -60,6 +61,7 @@ class Machine {
         random_(random),
         fibers_(grid.ctas * grid.threads, random),
         warps_(grid.ctas * grid.threads / kLanes),
+        pairs_((grid.ctas * grid.threads + kPairThreads - 1) / kPairThreads),
         groups_((grid.ctas * grid.threads + kGroupThreads - 1) / kGroupThreads),
         threads_(grid.ctas * grid.threads) {
     for (int cta = 0; cta < grid.ctas; ++cta) ctas_.emplace_back(grid.shared_bytes);
@@ -95,11 +97,16 @@ class Machine {
   void meet(std::string_view operation, Argument& mine, const Act& act) {
     meet_in(warps_[fibers_.current() / kLanes], operation, mine, act);
   }
-  // The same of the threads of a warpgroup.
-  template <class Argument, class Act>
+  // The same of the threads of a pair of warps, or of a warpgroup.
+  template <int Threads, class Argument, class Act>
   void meet_group(std::string_view operation, Argument& mine, const Act& act) {
-    require(threads() % kGroupThreads == 0, "a warpgroup is not whole");
-    meet_in(groups_[fibers_.current() / kGroupThreads], operation, mine, act);
+    require(threads() % Threads == 0, "a pair of warps or a warpgroup is not whole");
+    const int index = fibers_.current() / Threads;
+    if constexpr (Threads == kPairThreads) {
+      meet_in(pairs_[index], operation, mine, act);
+    } else {
+      meet_in(groups_[index], operation, mine, act);
+    }
   }
   void sync_threads() {
     Cta& mine = ctas_[cta()];
@@ -240,6 +247,7 @@ class Machine {
     std::deque<Product> products;  // of wgmmas that are begun
     int product_groups = 0;        // committed
   };
+  using Pair = Meeting<kPairThreads>;
   using Group = Meeting<kGroupThreads>;
   struct Barrier {
     int arrivals;  // of a phase
@@ -335,6 +343,7 @@ class Machine {
   Fibers fibers_;
   std::vector<Cta> ctas_;
   std::vector<Warp> warps_;
+  std::vector<Pair> pairs_;
   std::vector<Group> groups_;
   std::vector<Thread> threads_;
   std::vector<BulkCopy> bulk_copies_;  // under way

@@ -70,8 +70,11 @@ EmulatedResult emulate_any(const PackCase& c, std::mt19937& random) {
     return emulate<PageConfig{KBits, VBits, KAxis::token, HeadDim}>(c, random);
   };
   const auto by_head_dim = [&]<int KBits, int VBits> {
-    return f.head_dim == 64 ? by_axis.template operator()<KBits, VBits, 64>()
-                            : by_axis.template operator()<KBits, VBits, 128>();
+    switch (f.head_dim) {
+      case 64: return by_axis.template operator()<KBits, VBits, 64>();
+      case 128: return by_axis.template operator()<KBits, VBits, 128>();
+      default: return by_axis.template operator()<KBits, VBits, 256>();
+    }
   };
   const auto by_v_bits = [&]<int KBits> {
     return f.v_bits == 2 ? by_head_dim.template operator()<KBits, 2>()

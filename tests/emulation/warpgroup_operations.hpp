@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the 128 threads of a warpgroup do together: barriers, and products whose B operand lies in
-// shared memory. Each warp's quarter of a product happens when it is begun, or when the warp waits.
+// What the 128 threads of a warpgroup do together: barriers (which two warps have, too), and
+// products whose B operand lies in shared memory. Each warp's quarter of a product happens when it
+// is begun, or when the warp waits.
 #pragma once
 
 #include <array>
@@ -12,17 +13,15 @@
 
 namespace bitdecoding::emulation {
 
-template <class Argument>
-using GroupLanes = std::array<Argument*, kGroupThreads>;
-
 // The barrier is the group's own for good.
-inline bool any_of_group(int barrier, bool holds) {
+template <int Threads>
+bool any_of_group(int barrier, bool holds) {
   struct Turn {
     int barrier;
     bool holds;
   } mine{barrier, holds};
-  require(barrier == 1 + machine()->thread() / kGroupThreads, "a barrier of another warpgroup");
-  machine()->meet_group("bar.sync", mine, [](const GroupLanes<Turn>& threads) {
+  require(barrier == 1 + machine()->thread() / Threads, "a barrier of another group of warps");
+  machine()->meet_group<Threads>("bar.sync", mine, [](const std::array<Turn*, Threads>& threads) {
     bool any = false;
     for (const Turn* turn : threads) any = any || turn->holds;
     for (Turn* turn : threads) turn->holds = any;

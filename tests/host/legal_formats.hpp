@@ -2,6 +2,7 @@
 // Every legal KvFormat without clips, from the rules as docs/format.md words them, not from `why_invalid`.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "bitdecoding/format/kv_format.hpp"
@@ -25,11 +26,11 @@ inline std::vector<KvFormat> legal_formats() {
     }
   };
   KvFormat f;
-  for (f.head_dim = 64; f.head_dim <= 128; f.head_dim *= 2) {
+  for (f.head_dim = 64; f.head_dim <= 256; f.head_dim *= 2) {
     for (f.page_tokens = 64; f.page_tokens <= 128; f.page_tokens *= 2) {
-      for (f.v_group = 32; f.v_group <= f.head_dim; f.v_group *= 2) {
+      for (f.v_group = 32; f.v_group <= std::min(f.head_dim, 128); f.v_group *= 2) {
         add_k_groups(f, KAxis::channel, f.page_tokens);
-        add_k_groups(f, KAxis::token, f.head_dim);
+        add_k_groups(f, KAxis::token, std::min(f.head_dim, 128));
       }
       f.v_group = 32;
       add_k_groups(f, KAxis::block, 32);

@@ -3,6 +3,7 @@
 // sharing nothing with include/bitdecoding/layout. Tests hold the CuTe layouts against it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "bitdecoding/format/kv_format.hpp"
@@ -54,7 +55,7 @@ struct PageReader {
   }
   CodePlace v_place(int token, int channel) const {
     const int fields = 8 / f.v_bits, words = f.head_dim / (8 * fields),
-              parts = words < 4 ? words : 4;
+              parts = std::max(words < 4 ? words : 4, f.head_dim / 32);
     const int block = token % 64 / 16, u = token % 16 / 8, t = token % 8 / 2, h = token % 2;
     const int word = channel / (8 * fields), field = channel / 8 % fields, g = channel % 8;
     const int lane = 4 * g + t, part_words = words / parts, part = word / part_words;

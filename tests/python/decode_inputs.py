@@ -19,7 +19,7 @@ import seeds
 from cache_contents import ARRAYS, poison_unattended, scattered_cache
 from half_budget import Expected, expect
 from oracle_attention import attended
-from samples import FAMILIES, Floats32, family, legal_formats
+from samples import FAMILIES, Floats32, cuda_formats, family, legal_formats
 
 from bitdecoding import KvFormat, PagedKvCache
 
@@ -66,9 +66,11 @@ class Page:
 
 
 def has_whole_groups(f: KvFormat) -> bool:
-    """One K scale per channel and chunk, or per token, one V scale per token, no norms."""
-    whole_k = f.k_group >= 64 if f.k_axis == "channel" else f.k_group == f.head_dim
-    return whole_k and f.v_group == f.head_dim and not f.token_norm
+    """One K scale per channel and chunk, or per token, one V scale per token, no norms. (Per token:
+    per 128 channels.)"""
+    channels = min(f.head_dim, 128)
+    whole_k = f.k_group >= 64 if f.k_axis == "channel" else f.k_group == channels
+    return whole_k and f.v_group == channels and not f.token_norm
 
 
 @functools.cache
@@ -78,7 +80,7 @@ def formats_of(page: Page) -> tuple[KvFormat, ...]:
     return tuple(f for f in found if has_whole_groups(f) or not page.whole_groups)
 
 
-PAGES = sorted({Page.of_format(f) for f in legal_formats()}, key=repr)
+PAGES = sorted({Page.of_format(f) for f in cuda_formats()}, key=repr)
 
 
 @dataclass(frozen=True)

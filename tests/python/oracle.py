@@ -114,7 +114,7 @@ def v_code_bits(bits: int, head_dim: int) -> Ints:
     n, c = np.indices((CHUNK, head_dim))
     fields = 8 // bits
     words = head_dim // (8 * fields)
-    parts = min(words, 4)  # of the channels
+    parts = max(min(words, 4), head_dim // 32)  # of the channels
     part_words = words // parts
     t, h, u = n % 8 // 2, n % 2, n % 16 // 8
     word, field, g = c // (8 * fields), c // 8 % fields, c % 8

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitdecoding import KvFormat
+from bitdecoding.plan import has_kernels
 
 Floats32 = npt.NDArray[np.float32]
 
@@ -18,8 +19,8 @@ def legal_formats() -> list[KvFormat]:
     """Every format that KvFormat accepts, without clips."""
     formats = []
     for k_bits, v_bits, axis, k_group, v_group, page, channels, norm in itertools.product(
-        (2, 4), (2, 4), ("channel", "token"), (32, 64, 128), (32, 64, 128), (64, 128), (64, 128),
-        (False, True),
+        (2, 4), (2, 4), ("channel", "token"), (32, 64, 128), (32, 64, 128), (64, 128),
+        (64, 128, 256), (False, True),
     ):  # fmt: skip
         if v_group > channels or k_group > (page if axis == "channel" else channels):
             continue
@@ -35,7 +36,7 @@ def legal_formats() -> list[KvFormat]:
                 token_norm=norm,
             )
         )
-    blocks = itertools.product((2, 4), (2, 4), (64, 128), (64, 128))
+    blocks = itertools.product((2, 4), (2, 4), (64, 128), (64, 128, 256))
     return formats + [
         KvFormat.parse(f"k{k_bits}v{v_bits}_b32_v32_p{page}_d{channels}")
         for k_bits, v_bits, page, channels in blocks
@@ -53,6 +54,11 @@ def clipped_formats() -> list[KvFormat]:
     ]
 
 
+def cuda_formats() -> list[KvFormat]:
+    """Those that the kernel table is to serve: at head_dim 256 it has some pages, not all."""
+    return [f for f in clipped_formats() if f.head_dim < 256 or has_kernels(f)]
+
+
 # A few that differ in everything, for tests with many cases of their own.
 FORMATS = [
     KvFormat.parse(name)
@@ -66,6 +72,7 @@ FORMATS = [
         "k2v2_c128_v32_p128_d128_kclip75_vclip85",
         "k4v2_b32_v32_p128_d128",
         "k2v4_b32_v32_p64_d64",
+        "k4v2_c64_v32_p128_d256",
     )
 ]
 

@@ -104,7 +104,7 @@ def test_fields_cannot_be_set(field: str) -> None:
         ),
         ({"v_group": 128, "head_dim": 64}, "v_group = 128", "head_dim"),
         ({"page_tokens": 256}, "page_tokens = 256", "64, 128"),
-        ({"head_dim": 96}, "head_dim = 96", "64, 128"),
+        ({"head_dim": 96}, "head_dim = 96", "64, 128, 256"),
         ({"k_clip": 49}, "k_clip = 49", "50 to 100"),
         ({"v_clip": 101}, "v_clip = 101", "50 to 100"),
         ({"v_clip": 85, "k_axis": "block", "k_group": 32, "v_group": 32}, "v_clip = 85", "100"),

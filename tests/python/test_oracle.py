@@ -66,7 +66,7 @@ def test_worked_example(example: str) -> None:
 
 
 def test_examples_were_found() -> None:
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
 
 
 def test_reading_inverts_writing(rng: np.random.Generator) -> None:
@@ -87,7 +87,7 @@ def test_reading_inverts_writing(rng: np.random.Generator) -> None:
 
 def test_every_bit_of_the_codes_is_used_once() -> None:
     for bits in (2, 4):
-        for head_dim in (64, 128):
+        for head_dim in (64, 128, 256):
             for places in (oracle.k_code_bits, oracle.v_code_bits):
                 found = np.sort(places(bits, head_dim).ravel())
                 assert np.array_equal(found, np.arange(0, 64 * head_dim * bits, bits))

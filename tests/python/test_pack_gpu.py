@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import FAMILIES, FORMATS, clipped_formats, mixed
+from samples import FAMILIES, FORMATS, cuda_formats, mixed
 
 from bitdecoding import KvFormat, PagedKvCache, pack_pages
 
@@ -67,14 +67,14 @@ def values(torch: Any, head_dim: int, rng: np.random.Generator, dtype: str) -> A
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_every_format_has_the_cpus_bytes(
     torch: Any, head_dim: int, dtype: str, rng: np.random.Generator
 ) -> None:
     x = values(torch, head_dim, rng, dtype)
     k, v = x.cuda()
     wrong = []
-    for f in clipped_formats():
+    for f in cuda_formats():
         if f.head_dim != head_dim:
             continue
         pack = Pack(f, x, rng)

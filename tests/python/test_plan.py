@@ -11,7 +11,7 @@ from bitdecoding.recipes import RECIPES, resolve_format
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("tokens", [1, 64, 65, 1000, 4096])
 @pytest.mark.parametrize("zones", [(0, 0), (16, 64), (128, 200)])
 def test_planned_bytes_are_allocated(
@@ -50,6 +50,10 @@ def test_resolve_format(recipe: KvFormat | str, name: str) -> None:
     assert str(resolve_format(recipe, 64)) == name
 
 
+def test_a_whole_head_of_256_channels_is_two_groups() -> None:
+    assert str(resolve_format("int4", 256)) == "k4v4_c32_v128_p128_d256"
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [("int3", "int4, k4v2, int2"), ("k4v4_c128_v128_p128_d128", "this model has 64")],
@@ -75,6 +79,18 @@ def test_decode_kernel(columns: int, compute_capability: int) -> None:
     else:
         with pytest.raises(NotImplementedError, match="kernel"):
             decode_kernel(format, columns, compute_capability=compute_capability)
+
+
+def test_head_dim_256_has_kernels_for_some_pages_and_tiles_of_up_to_16_columns() -> None:
+    built = build_info()["kernels"]
+    for page in ("k4v4_c", "k4v4_t", "k4v2_c", "k2v2_c", "k2v4_c", "k2v2_t"):
+        format = KvFormat.parse(f"{page}128_v128_p128_d256")
+        row = f"decode_sm90_{page}_d256_n16"
+        if row in built:
+            assert decode_kernel(format, 64, compute_capability=90) == row
+        else:
+            with pytest.raises(NotImplementedError, match=f"{format}.*kernel"):
+                decode_kernel(format, 64, compute_capability=90)
 
 
 def test_decode_kernel_refuses() -> None:

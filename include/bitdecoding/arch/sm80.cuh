@@ -26,6 +26,13 @@ __device__ inline std::uint32_t transpose_8x8(std::uint32_t pair) {
   return transposed;
 }
 
+// A barrier of whole warps, so many threads. `barrier`: 1 to 15, one for each such group of a CTA; 0
+// is __syncthreads'.
+template <int Threads>
+__device__ void sync_threads(int barrier) {
+  asm volatile("bar.sync %0, %1;" : : "r"(barrier), "n"(Threads) : "memory");
+}
+
 // Starts to bring a line of global memory into the L2 cache.
 __device__ inline void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" : : "l"(address));

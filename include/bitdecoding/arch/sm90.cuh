@@ -1,15 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// PTX that CuTe has no name for: barriers of a warpgroup, 128 threads. `barrier`: 1 to 15, one for
-// each warpgroup of a CTA; 0 is __syncthreads'.
+// PTX that CuTe has no name for, of sm_90.
 #pragma once
 
 namespace bitdecoding::arch {
 
-__device__ inline void sync_warpgroup(int barrier) {
-  asm volatile("bar.sync %0, 128;" : : "r"(barrier) : "memory");
-}
-
-// The same, and whether it holds for any of the threads.
+// sync_threads of a warpgroup, and whether it holds for any of its threads.
 __device__ inline bool any_of_warpgroup(int barrier, bool holds) {
   int any;
   asm volatile(

@@ -32,14 +32,28 @@ struct DecodeConfig {
   friend constexpr bool operator==(const DecodeConfig&, const DecodeConfig&) = default;
 };
 
-// The warps that are one stream.
+// The warps that are one stream. At head_dim 256, O and Q' of 16 columns are more than a warp's
+// registers: two warps walk through the same items, each with 8 columns of its own.
 constexpr int stream_warps(const DecodeConfig& config) {
-  return config.product() == Product::wgmma ? 4 : 1;
+  if (config.product() == Product::wgmma) return 4;
+  return config.page.head_dim > 128 && config.query_columns > 8 ? 2 : 1;
+}
+// What one of its warps computes by itself; warps of wgmma work together.
+constexpr DecodeConfig warp_config(DecodeConfig config) {
+  if (config.product() != Product::wgmma) config.query_columns /= stream_warps(config);
+  return config;
 }
 
 // Warps of a CTA, one CTA per SM: as many as the registers of a stream allow.
 constexpr int max_warps(const DecodeConfig& config) {
+  if (config.page.head_dim > 128) return 8;
   return config.query_columns <= 8 || config.query_columns == 32 ? 12 : 8;
+}
+// Fewer, where shared memory has no room for their rings: by so many, down to so many. Two stages
+// of head_dim 256 are up to 40 KB.
+constexpr int warp_step(const DecodeConfig& config) { return config.page.head_dim > 128 ? 2 : 4; }
+constexpr int min_warps(const DecodeConfig& config) {
+  return config.page.head_dim > 128 && config.arch == Arch::sm80 ? 2 * stream_warps(config) : 4;
 }
 
 // Tokens of a 16-bit tile: about the bytes of one packed chunk.

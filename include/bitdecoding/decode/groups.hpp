@@ -3,18 +3,22 @@
 // group per token or channel and chunk, gets straight-line code of its own.
 #pragma once
 
+#include <algorithm>
+
 #include "bitdecoding/layout/page_config.hpp"
 
 namespace bitdecoding::decode {
 
-// K per channel: groups of 64 tokens or more. K per token, and V: one group per token. No norms.
+// K per channel: groups of 64 tokens or more. K per token, and V: one group per token, or, at
+// head_dim 256, two. No norms.
 template <int HeadDim>
 struct WholeGroups {
   static constexpr int kMostChunkGroups = 1;  // channel-axis K groups that a chunk meets
-  static constexpr int kMostValueGroups = 1;  // V groups of a token
+  static constexpr int kGroupChannels = std::min(HeadDim, kMostGroupChannels);
+  static constexpr int kMostValueGroups = HeadDim / kGroupChannels;  // V groups of a token
   static constexpr int chunk_groups() { return 1; }
-  static constexpr int k_token_group() { return HeadDim; }
-  static constexpr int v_group() { return HeadDim; }
+  static constexpr int k_token_group() { return kGroupChannels; }
+  static constexpr int v_group() { return kGroupChannels; }
   static constexpr bool token_norm() { return false; }
 };
 
@@ -39,9 +43,10 @@ struct AnyGroups {
 };
 
 constexpr bool has_whole_groups(const KvFormat& f) {
+  const int channels = std::min(f.head_dim, kMostGroupChannels);
   const bool whole_k =
-      f.k_axis == KAxis::channel ? f.k_group >= kChunkTokens : f.k_group == f.head_dim;
-  return whole_k && f.v_group == f.head_dim && !f.token_norm;
+      f.k_axis == KAxis::channel ? f.k_group >= kChunkTokens : f.k_group == channels;
+  return whole_k && f.v_group == channels && !f.token_norm;
 }
 
 }  // namespace bitdecoding::decode

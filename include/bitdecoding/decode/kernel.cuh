@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decode attention, one launch: every stream, a warp or a warpgroup, takes its share of the batch's
-// bytes, the CTA merges its streams' partials, and the last CTA to finish a segment merges the segment.
+// Decode attention, one launch: every stream (a warp or more) takes its share of the batch's bytes,
+// the CTA merges its streams' partials, and the last CTA to finish a segment merges the segment.
 //   workspace   Partial [CTAs][streams]: ends of segments inside a CTA | Partial [CTAs][2]: first and
 //               last segment of a CTA          counters [CTAs][columns], 0 between launches
 #pragma once
@@ -60,6 +60,7 @@ class DecodeCta {
   using Threads = StreamThreads<Config>;
   static_assert(!Wgmma<S> || Config.arch == Arch::sm90, "wgmma is sm_90a's");
   static_assert(!Wgmma<S> || !Config.page.has_blocks(), "wgmma needs whole groups");
+  static_assert(!Wgmma<S> || S::head_dim <= 128, "O of wgmma takes 64 registers at head_dim 128");
 
   __device__ DecodeCta(const DecodeArguments& a, std::uint8_t* smem) : a_(a), smem_(smem) {}
 
@@ -223,8 +224,13 @@ class DecodeCta {
     for (int first = Threads::warp() * kFewColumns<S>; first < columns;
          first += Threads::kWarps * kFewColumns<S>) {
       const int column = min(first + Merged::column(), columns - 1);
-      const float4& o = reinterpret_cast<const float4&>(partial.o[column][Merged::channel(0)]);
-      store_merged(segment, column, Merged{partial.maximum[column], partial.sum[column], {o}});
+      Merged whole{partial.maximum[column], partial.sum[column]};
+#pragma unroll
+      for (int part = 0; part < Merged::kParts; ++part) {
+        const float& first = partial.o[column][Merged::channel(part)];
+        whole.o[part] = reinterpret_cast<const float4&>(first);
+      }
+      store_merged(segment, column, whole);
     }
   }
 
@@ -340,7 +346,7 @@ class DecodeCta {
         return ctas == 0 ? partials : cta_partials(first, ctas, begin);
       };
       Merged merged;
-      if (count > kMergeBatch<Columns>) {
+      if (count > kMergeBatch<S, Columns>) {
         for (int begin = 0; begin < count; begin += 32) {
           merged.maximum = raise_maximum<S>(list(begin), column, merged.maximum);
         }

@@ -34,7 +34,7 @@ constexpr int largest_stage_bytes(const layout::PageConfig& page) {
 template <DecodeConfig Config>
 inline constexpr int kLeastStageBytes =
     std::max(zone_tile_bytes(Config.page.head_dim),
-             stream_warps(Config) == 1 ? int{sizeof(Partial<Shape<Config>>)} : 0);
+             Config.product() == Product::wgmma ? 0 : int{sizeof(Partial<Shape<Config>>)});
 
 // As many streams and stages as shared memory has room for: two stages or more.
 template <class Row>
@@ -42,22 +42,23 @@ void fit_rings(int packed_bytes, DecodePlan* plan) {
   constexpr DecodeConfig config = Row::config;
   constexpr int kStreamWarps = stream_warps(config);
   constexpr int kStreamBytes = stream_storage_bytes<config>();
+  constexpr int kMinWarps = min_warps(config);
   static_assert(
-      4 / kStreamWarps *
+      kMinWarps / kStreamWarps *
                   (2 * std::max(largest_stage_bytes(config.page), kLeastStageBytes<config>) +
                    kStreamBytes) +
-              int{sizeof(CtaStorage)} + 4 * int{sizeof(WarpStorage)} <=
+              int{sizeof(CtaStorage)} + kMinWarps * int{sizeof(WarpStorage)} <=
           shared_limit_bytes(config.arch),
-      "4 warps have two stages in every format");
+      "the fewest warps have two stages in every format");
   plan->stage_bytes = layout::round_up(std::max(packed_bytes, kLeastStageBytes<config>), 128);
   const int limit = shared_limit_bytes(config.arch);
-  for (plan->warps = max_warps(config);; plan->warps -= 4) {
+  for (plan->warps = max_warps(config);; plan->warps -= warp_step(config)) {
     const int streams = plan->warps / kStreamWarps;
     const int fixed = static_cast<int>(sizeof(CtaStorage) + plan->warps * sizeof(WarpStorage)) +
                       streams * kStreamBytes;
     plan->stages = std::min(kMostStages, (limit - fixed) / (streams * plan->stage_bytes));
     plan->smem_bytes = streams * plan->stages * plan->stage_bytes + fixed;
-    if (plan->stages >= 2 || plan->warps == 4) break;  // chunks always fit with 4 warps
+    if (plan->stages >= 2 || plan->warps == kMinWarps) break;  // with these, chunks always fit
   }
 }
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bytes into a warp's ring by cp.async (sm_80 and newer), 16 at a time, all lanes together. Every
+// Bytes into a stream's ring by cp.async (sm_80 and newer), 16 at a time, by all threads. Every
 // turn commits one group, an empty one where nothing is left to load.
 #pragma once
 
 #include <cute/arch/copy_sm80.hpp>
 
 #include "bitdecoding/arch/sm80.cuh"
-#include "bitdecoding/decode/config.hpp"
+#include "bitdecoding/decode/stream_threads.cuh"
 
 namespace bitdecoding::decode {
 
@@ -32,9 +32,11 @@ __device__ void copy_zone(const std::uint8_t* k, const std::uint8_t* v, std::uin
   }
 }
 
+template <class Threads>
 class AsyncLoader {
  public:
-  __device__ AsyncLoader(std::uint64_t*, int, int lane) : lane_(lane) {}
+  __device__ AsyncLoader(std::uint64_t*, int, int lane)
+      : thread_(Threads::kWarps == 1 ? lane : Threads::thread()) {}
 
   __device__ void load_packed(int, const std::uint8_t* from, std::uint8_t* to, int bytes,
                               const std::uint8_t* group, std::uint8_t* group_to, int group_bytes) {
@@ -44,29 +46,30 @@ class AsyncLoader {
 
   template <int HeadDim>
   __device__ void load_zone(int, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* to) {
-    copy_zone<HeadDim, 32>(k, v, to, arch::lane_id());
+    copy_zone<HeadDim, Threads::kThreads>(k, v, to, Threads::thread());
   }
 
   __device__ void commit() { cute::cp_async_fence(); }
 
   __device__ void written() {}
 
-  // Waits until all but the newest `stages - 2` groups are there, for every lane.
+  // Waits until all but the newest `stages - 2` groups are there, for every thread of the stream.
   __device__ void wait(int, int, int stages, bool) {
     switch (stages) {
       case 2: cute::cp_async_wait<0>(); break;
       case 3: cute::cp_async_wait<1>(); break;
       default: cute::cp_async_wait<2>(); break;
     }
-    __syncwarp();
+    Threads::sync();
   }
 
  private:
   __device__ void copy(const std::uint8_t* from, std::uint8_t* to, int bytes) const {
-    for (int i = lane_ * 16; i < bytes; i += 32 * 16) copy_piece(from + i, to + i);
+    constexpr int kStep = Threads::kThreads * 16;
+    for (int i = thread_ * 16; i < bytes; i += kStep) copy_piece(from + i, to + i);
   }
 
-  int lane_;
+  int thread_;
 };
 
 }  // namespace bitdecoding::decode

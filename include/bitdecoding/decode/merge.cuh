@@ -5,6 +5,8 @@
 //   memory   float o[columns][D + 8], m[columns], l[columns]
 #pragma once
 
+#include <algorithm>
+
 #include "bitdecoding/arch/sm80.cuh"
 #include "bitdecoding/decode/halves/values.cuh"
 
@@ -57,17 +59,18 @@ __device__ inline float sum_of_rows(float sum) {
   return sum;
 }
 
-// A stream's result to memory.
-template <class S, class Groups>
+// A warp's result to memory: its columns are those of the partial from `first_column` on.
+template <class S, class Groups, class To>
 __device__ void store_partial(Output<S, Groups>& output, const Softmax<S>& softmax,
-                              const Groups& groups, int lane, Partial<S>& partial) {
+                              const Groups& groups, int lane, Partial<To>& partial,
+                              int first_column = 0) {
   constexpr int kPartChannels = S::head_dim / S::V::v_parts;
   const int g = lane / 4, t = lane % 4;
   if constexpr (Halves<S>) make_true(output);
 #pragma unroll
   for (int c = 0; c < S::lane_columns; ++c) {
     const float sum = sum_of_rows(softmax.sum(c));
-    const int column = S::column(c, t);
+    const int column = first_column + S::column(c, t);
     if (g == 0) {
       partial.maximum[column] = softmax.maximum(c) - kWeightExponent<S>;
       partial.sum[column] = sum;
@@ -97,9 +100,10 @@ __device__ void copy_partial(const Partial<S>& from, Partial<S>& to, int thread)
   }
 }
 
-// The columns of which four channels a lane fill a warp, and how many it merges together at most.
+// The columns of which four channels a lane, eight at head_dim 256, fill a warp, and how many it
+// merges together at most.
 template <class S>
-inline constexpr int kFewColumns = 128 / S::head_dim;
+inline constexpr int kFewColumns = std::max(128 / S::head_dim, 1);
 inline constexpr int kManyColumns = 4;
 
 // Columns that a warp merges together. 32 / Columns lanes have a column each, and of it four
@@ -136,8 +140,8 @@ class PartialList {
 };
 
 // Partials whose loads are under way together.
-template <int Columns>
-inline constexpr int kMergeBatch = Columns == kManyColumns ? 4 : 20;
+template <class S, int Columns>
+inline constexpr int kMergeBatch = Columns == kManyColumns ? 4 : (S::head_dim > 128 ? 12 : 20);
 
 template <class S>
 __device__ float raise_maximum(PartialList<S> partials, int column, float maximum) {
@@ -156,7 +160,7 @@ template <class S, int Columns>
 __device__ void merge_partials(PartialList<S> partials, int column,
                                MergedColumns<S, Columns>& merged) {
   using Merged = MergedColumns<S, Columns>;
-  constexpr int kFours = kMergeBatch<Columns> / 4;
+  constexpr int kFours = kMergeBatch<S, Columns> / 4;
   float top[kFours][4], sum[kFours][4];
   float4 o[kFours][4][Merged::kParts];
   for (int count = partials.count(); count > 0; count -= 4 * kFours) {

@@ -54,8 +54,8 @@ struct DecodeArguments {
 inline constexpr int kMostStages = 4;
 
 template <DecodeConfig Config>
-using Loader =
-    std::conditional_t<Config.arch == Arch::sm90, BulkLoader<StreamThreads<Config>>, AsyncLoader>;
+using Loader = std::conditional_t<Config.arch == Arch::sm90, BulkLoader<StreamThreads<Config>>,
+                                  AsyncLoader<StreamThreads<Config>>>;
 
 // What a warp keeps in shared memory: registers are for the arithmetic.
 struct WarpStorage {

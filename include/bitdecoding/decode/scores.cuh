@@ -140,11 +140,12 @@ __device__ void apply_norms(const Page& page, int lane, ScoreTensor<S, kChunkBlo
   }
 }
 
-// K of 16 fp16 tokens of a zone as A. `rows`: in shared memory, zone_row_bytes apart.
-template <class S>
-__device__ void load_zone_keys(const std::uint8_t* rows, int lane, FragmentA (&tSrK)[S::tiles]) {
+// K of 16 fp16 tokens of a zone as A, Tiles tiles of channels. `rows`: in shared memory,
+// zone_row_bytes apart.
+template <class S, int Tiles>
+__device__ void load_zone_keys(const std::uint8_t* rows, int lane, FragmentA (&tSrK)[Tiles]) {
 #pragma unroll
-  for (int k = 0; k < S::tiles; ++k) {
+  for (int k = 0; k < Tiles; ++k) {
     const std::uint8_t* row =
         rows + lane % 16 * zone_row_bytes(S::head_dim) + 32 * k + lane / 16 * 16;
     auto& a = tSrK[k].a;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One warp, a flash-decoding stream of its own: its items in order, into its own m, l and O. No CTA
-// barrier.   scores -> mask -> maximum -> weights -> values
+// barrier. Two warps that are one stream do this for half of the columns each.
+//   scores -> mask -> maximum -> weights -> values
 #pragma once
 
 #include "bitdecoding/decode/bytes/scores.cuh"
@@ -16,7 +17,7 @@ namespace bitdecoding::decode {
 template <DecodeConfig Config, class Groups>
 class Stream {
  public:
-  using S = Shape<Config>;
+  using S = Shape<warp_config(Config)>;
   using QueryBits = decode::QueryBits<S>;
 
   __device__ Stream(const DecodeArguments& a, const Groups& groups, int lane)
@@ -27,7 +28,8 @@ class Stream {
     const int kv_head = a_.column_tiles == 1 ? head : head / a_.column_tiles;
     const int tile = head - kv_head * a_.column_tiles;
     QueryBits bits;
-    decode::load_query<S>(a_.problem, sequence, kv_head, {tile * S::columns, a_.columns, a_.group},
+    decode::load_query<S>(a_.problem, sequence, kv_head,
+                          {tile * Config.query_columns + first_column(), a_.columns, a_.group},
                           arch::lane_id(), bits);
     return bits;
   }
@@ -52,12 +54,14 @@ class Stream {
   }
 
   // The segment's result, by the warp.
-  __device__ void store(Partial<S>& partial) {
-    store_partial<S>(output_, softmax_, groups_, arch::lane_id(), partial);
+  __device__ void store(Partial<Shape<Config>>& partial) {
+    store_partial<S>(output_, softmax_, groups_, arch::lane_id(), partial, first_column());
   }
 
  private:
   using Scale = ScoreScale<S, Groups::kMostChunkGroups>;
+
+  __device__ static int first_column() { return StreamThreads<Config>::warp() * S::columns; }
 
   // The chunks of a packed item, one after the other.
   __device__ void attend_packed(const ItemTokens& tokens, std::uint8_t* bytes) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The threads of one stream: a warp, or, where products are wgmma's, a warpgroup. All warps of a
-// stream walk through its items alike, each with storage of its own; one warp issues the copies.
+// The threads of one stream: a warp, two, or, where products are wgmma's, a warpgroup. All warps
+// of a stream walk through its items alike, each with storage of its own; one issues bulk copies.
 #pragma once
 
 #include "bitdecoding/arch/sm80.cuh"
@@ -21,13 +21,13 @@ struct StreamThreads {
   }
   static __device__ int warp() { return kWarps == 1 ? 0 : arch::thread_id() >> 5 & (kWarps - 1); }
 
-  static __device__ int barrier() { return 1 + stream(); }  // of a warpgroup
+  static __device__ int barrier() { return 1 + stream(); }  // of several warps
 
   static __device__ void sync() {
     if constexpr (kWarps == 1) {
       __syncwarp();
     } else {
-      arch::sync_warpgroup(barrier());
+      arch::sync_threads<kThreads>(barrier());
     }
   }
   // sync(), and whether it holds for any thread.

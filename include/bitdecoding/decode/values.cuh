@@ -20,7 +20,9 @@ struct Output {
   bool is_true = false;                 // halves: tOrO no longer carries the codes' powers of two
 
   // sum(p * zero) of the channel group that begins at a part of the channels: this lane's rows.
-  __device__ ColumnTensor<S>& zero_sum_of(int part) { return zero_sum[part % kZeroSums]; }
+  __device__ ColumnTensor<S>& zero_sum_of(int part) {
+    return zero_sum[part * kZeroSums / S::V::v_parts];
+  }
 
   __device__ void reset() {
     cute::clear(tOrO);

@@ -20,6 +20,8 @@ namespace bitdecoding {
 
 // Tokens of one chunk: the granule of a page record, of the zones and of the decode pipeline.
 inline constexpr int kChunkTokens = 64;
+// Channels that share a scale, at most: heads of 256 have two such groups.
+inline constexpr int kMostGroupChannels = 128;
 
 // Which elements of K share a scale and a zero-point.
 enum class KAxis : std::uint8_t {
@@ -64,13 +66,15 @@ struct BrokenRule {
 };
 
 constexpr bool is_channel_group(int group, int head_dim) {
-  return (group == 32 || group == 64 || group == 128) && group <= head_dim;
+  return (group == 32 || group == 64 || group == kMostGroupChannels) && group <= head_dim;
 }
 
 constexpr BrokenRule why_invalid(const KvFormat& f) {
   if (f.k_bits != 2 && f.k_bits != 4) return {"k_bits", f.k_bits, "2, 4"};
   if (f.v_bits != 2 && f.v_bits != 4) return {"v_bits", f.v_bits, "2, 4"};
-  if (f.head_dim != 64 && f.head_dim != 128) return {"head_dim", f.head_dim, "64, 128"};
+  if (f.head_dim != 64 && f.head_dim != 128 && f.head_dim != 256) {
+    return {"head_dim", f.head_dim, "64, 128, 256"};
+  }
   if (f.page_tokens != 64 && f.page_tokens != 128) {
     return {"page_tokens", f.page_tokens, "64, 128"};
   }
@@ -173,7 +177,7 @@ inline Status parse_kv_format(std::string_view text, KvFormat* result) {
 template <>
 struct std::hash<bitdecoding::KvFormat> {
   std::size_t operator()(const bitdecoding::KvFormat& f) const noexcept {
-    // Fields of legal formats are at most 128, so base 257 keeps all of them apart.
+    // Fields of legal formats are at most 256, so base 257 keeps all of them apart.
     std::size_t hash = 0;
     for (const int field :
          {f.k_bits, f.v_bits, static_cast<int>(f.k_axis), f.k_group, f.v_group, f.page_tokens,

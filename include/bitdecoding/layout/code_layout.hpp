@@ -47,8 +47,10 @@ struct CodeShape {
   // V: 16 bytes, filled along the blocks of a chunk.
   static constexpr int v_unit_words = 4;
   // Channels split in four parts, one for each warp of a warpgroup; in two where a word already
-  // spans a half (then two warps share a part's units and each takes half of the fields).
-  static constexpr int v_parts = block_words < 4 ? block_words : 4;
+  // spans a half (then two warps share a part's units and each takes half of the fields); in more
+  // where a part would exceed 32 channels, the smallest group: a part has one scale.
+  static constexpr int least_parts = block_words < 4 ? block_words : 4;
+  static constexpr int v_parts = HeadDim / 32 > least_parts ? HeadDim / 32 : least_parts;
   static constexpr int v_part_words = block_words / v_parts;                  // per block
   static constexpr int v_units = v_part_words * kChunkBlocks / v_unit_words;  // per lane and part
 

@@ -9,7 +9,7 @@ namespace bitdecoding::layout {
 
 // Sizes of the largest legal format: what fixed buffers must hold.
 inline constexpr int kMaxPageTokens = 128;
-inline constexpr int kMaxHeadDim = 128;
+inline constexpr int kMaxHeadDim = 256;
 
 struct PageConfig {
   int k_bits = 4;

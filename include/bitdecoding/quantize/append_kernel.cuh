@@ -320,9 +320,14 @@ __device__ void append_by_cta(const AppendProblem& p, const layout::PageRecord& 
   if (task.new_page < 0) kept.keep(c, step);
 }
 
+// CTAs of an SM: at head_dim 256, shared memory has room for no more than two.
+constexpr int append_ctas(const layout::PageConfig& config) {
+  return config.head_dim > 128 ? 2 : 4;
+}
+
 // `Row` is a row of the kernel table: a struct whose static `config` is the PageConfig.
 template <class Row>
-__global__ void __launch_bounds__(kPackThreads, 4)
+__global__ void __launch_bounds__(kPackThreads, append_ctas(Row::config))
     append_tokens(const __grid_constant__ AppendProblem p,
                   const __grid_constant__ layout::PageRecord record, int* counters,
                   int* error_word) {

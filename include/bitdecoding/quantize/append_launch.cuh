@@ -25,7 +25,10 @@ cudaError_t launch_append(const AppendProblem& problem, int* counters, cudaStrea
   if (ctas > INT_MAX) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(ctas), static_cast<unsigned>(c.batch));
   constexpr int kSmem_bytes = sizeof(AppendStorage<Row::config.head_dim>);
-  static_assert(kSmem_bytes <= 48 * 1024, "more needs an opt-in attribute");
+  if (const cudaError_t error = allow_shared<kSmem_bytes>(append_tokens<Row>);
+      error != cudaSuccess) {
+    return error;
+  }
   const layout::PageRecord record(c.format);
   return launch(append_tokens<Row>, grid, kPackThreads, kSmem_bytes, stream, problem, record,
                 counters, error_word);

@@ -25,10 +25,12 @@ struct Coder {
 // Of all groups of a tile: one row per group of the grouped axis, one column per element of the
 // other axis (channel axis: [token group][channel], token axis: [channel group][token]). Ranges
 // along tokens have a row per run instead. A range is (low, -high): both are minima.
-inline constexpr int kMaxGroups = 4;
+template <KAxis Axis, int HeadDim>
 struct GroupTable {
-  Coder coder[kMaxGroups][kMaxPageTokens];
-  __half2 range[kMaxGroups][kMaxPageTokens];
+  static constexpr int kColumns = Axis == KAxis::channel ? HeadDim : kMaxPageTokens;
+  static constexpr int kRows = kMaxPageTokens * HeadDim / (kRunValues * kColumns);
+  Coder coder[kRows][kColumns];
+  __half2 range[kRows][kColumns];
 };
 
 // Minimum and maximum of two neighbouring values at once; NaN stays.
@@ -108,9 +110,8 @@ __device__ BlockResult block_result(__half2 low_and_negated_high) {
 
 // Ranges along tokens, one per run: range[token / 32][channel]; tokens before `first_token` count
 // for nothing. A warp reads rows of 32 channel pairs.
-template <int Threads, class Tile>
-__device__ void find_channel_ranges(const Tile& sX, int tokens, int first_token,
-                                    GroupTable& table) {
+template <int Threads, class Tile, class Table>
+__device__ void find_channel_ranges(const Tile& sX, int tokens, int first_token, Table& table) {
   constexpr int kPairs = cute::size<1>(Tile{}.layout()) / 2;
   const int runs = tokens / kRunValues;
 #pragma unroll 1
@@ -134,9 +135,8 @@ __device__ void find_channel_ranges(const Tile& sX, int tokens, int first_token,
 }
 
 // Ranges along channels: range[channel / group][token].
-template <int Threads, class Tile>
-__device__ void find_token_ranges(const Tile& sX, int tokens, int group_channels,
-                                  GroupTable& table) {
+template <int Threads, class Tile, class Table>
+__device__ void find_token_ranges(const Tile& sX, int tokens, int group_channels, Table& table) {
   constexpr int kRuns = cute::size<1>(Tile{}.layout()) / kRunValues;
   const int group_log2 = log2_of(group_channels / kRunValues);  // in runs
   visit_quarters<Threads>(tokens, [&](const Quarter& quarter) {
@@ -160,8 +160,8 @@ __device__ void find_token_ranges(const Tile& sX, int tokens, int group_channels
 // Calls visit(group, column, parameters) for all groups of a tile of `columns` columns, a power of
 // two, and leaves the coders. A group's range is that of `rows` rows of the table, but for `margin`
 // of its width at either end.
-template <int Threads, int Bits, KAxis Axis, class Visit>
-__device__ void visit_groups(GroupTable& table, int groups, int columns, int rows, float margin,
+template <int Threads, int Bits, KAxis Axis, class Table, class Visit>
+__device__ void visit_groups(Table& table, int groups, int columns, int rows, float margin,
                              const Visit& visit) {
   const int columns_log2 = log2_of(columns);
 #pragma unroll 1

@@ -23,7 +23,14 @@ inline constexpr int kPackThreads = 256;
 template <int HeadDim>
 struct alignas(128) PackStorage {
   cute::array_aligned<cutlass::half_t, cute::cosize_v<TileLayout<HeadDim>>, 16> tile;  // (N,D)
-  GroupTable groups;
+  // Of the tile: tables of both axes are as large.
+  alignas(16) unsigned char table[sizeof(GroupTable<KAxis::token, HeadDim>)];
+
+  template <KAxis Axis>
+  __device__ auto& groups() {
+    static_assert(sizeof(GroupTable<Axis, HeadDim>) <= sizeof table);
+    return reinterpret_cast<GroupTable<Axis, HeadDim>&>(table);
+  }
 };
 
 // What one CTA packs.
@@ -87,6 +94,7 @@ __device__ void pack_k(const Load& load, int first_token, const Page& page, Stor
   const KvFormat& format = page.record().format();
   const int tokens = format.page_tokens;
   const auto sK = make_tile<Config.head_dim>(s.tile.data());  // (N,D)
+  auto& groups = s.template groups<Config.k_axis>();
   load(sK);
   __syncthreads();
   if (format.token_norm) {
@@ -105,26 +113,26 @@ __device__ void pack_k(const Load& load, int first_token, const Page& page, Stor
   const int group_log2 = log2_of(format.k_group);
   const float margin = format::clip_margin(format.k_clip);
   if constexpr (Config.k_axis == KAxis::channel) {
-    find_channel_ranges<kPackThreads>(sK, tokens, first_token, s.groups);
+    find_channel_ranges<kPackThreads>(sK, tokens, first_token, groups);
     __syncthreads();
     const int in_chunk_log2 = max(log2_of(kChunkTokens) - group_log2, 0);  // groups of a chunk
     visit_groups<kPackThreads, Config.k_bits, Config.k_axis>(
-        s.groups, tokens >> group_log2, Config.head_dim, format.k_group / kRunValues, margin,
+        groups, tokens >> group_log2, Config.head_dim, format.k_group / kRunValues, margin,
         [&](int group, int channel, const auto& parameters) {
           const int in_chunk = group & ((1 << in_chunk_log2) - 1);
           store(cute::make_coord(0, in_chunk, group >> in_chunk_log2), channel, parameters);
         });
   } else {
-    find_token_ranges<kPackThreads>(sK, tokens, format.k_group, s.groups);
+    find_token_ranges<kPackThreads>(sK, tokens, format.k_group, groups);
     __syncthreads();
     visit_groups<kPackThreads, Config.k_bits, Config.k_axis>(
-        s.groups, Config.head_dim >> group_log2, tokens, 1, margin,
+        groups, Config.head_dim >> group_log2, tokens, 1, margin,
         [&](int group, int token, const auto& parameters) {
           store(token, cute::make_coord(0, group), parameters);
         });
   }
   __syncthreads();
-  pack_k_units<Config, kPackThreads>(page, sK, s.groups);
+  pack_k_units<Config, kPackThreads>(page, sK, groups);
 }
 
 // The V half of a page from load(sV).
@@ -133,9 +141,10 @@ __device__ void pack_v(const Load& load, const Page& page, Storage& s) {
   const KvFormat& format = page.record().format();
   const int tokens = format.page_tokens;
   const auto sV = make_tile<Config.head_dim>(s.tile.data());  // (N,D)
+  auto& groups = s.template groups<KAxis::token>();
   load(sV);
   __syncthreads();
-  find_token_ranges<kPackThreads>(sV, tokens, format.v_group, s.groups);
+  find_token_ranges<kPackThreads>(sV, tokens, format.v_group, groups);
   __syncthreads();
   const auto store = [&] {
     if constexpr (Config.has_blocks()) {
@@ -145,12 +154,12 @@ __device__ void pack_v(const Load& load, const Page& page, Storage& s) {
     }
   }();
   visit_groups<kPackThreads, Config.v_bits, Config.k_axis>(
-      s.groups, Config.head_dim >> log2_of(format.v_group), tokens, 1,
+      groups, Config.head_dim >> log2_of(format.v_group), tokens, 1,
       format::clip_margin(format.v_clip), [&](int group, int token, const auto& parameters) {
         store(token, cute::make_coord(0, group), parameters);
       });
   __syncthreads();
-  pack_v_units<Config, kPackThreads>(page, sV, s.groups);
+  pack_v_units<Config, kPackThreads>(page, sV, groups);
 }
 
 // Bytes behind the last chunk, up to the record's alignment, are zero.

@@ -18,7 +18,9 @@ cudaError_t launch_pack(const PackProblem& problem, cudaStream_t stream, int* er
   const dim3 grid(static_cast<unsigned>(pages) * static_cast<unsigned>(problem.num_kv_heads),
                   static_cast<unsigned>(problem.runs.batch));
   constexpr int kSmem_bytes = sizeof(PackStorage<Row::config.head_dim>);
-  static_assert(kSmem_bytes <= 48 * 1024, "more needs an opt-in attribute");
+  if (const cudaError_t error = allow_shared<kSmem_bytes>(pack_pages<Row>); error != cudaSuccess) {
+    return error;
+  }
   const layout::PageRecord record(problem.format);
   return launch(pack_pages<Row>, grid, kPackThreads, kSmem_bytes, stream, problem, record,
                 error_word);

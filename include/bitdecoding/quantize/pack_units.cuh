@@ -105,8 +105,8 @@ __device__ void add_codes(const Fragment& f, const CoderOf& coder, const Bit& bi
 }
 
 // Packs sK (N,D).
-template <layout::PageConfig Config, int Threads, class Page, class Tile>
-__device__ void pack_k_units(const Page& page, const Tile& sK, const GroupTable& table) {
+template <layout::PageConfig Config, int Threads, class Page, class Tile, class Table>
+__device__ void pack_k_units(const Page& page, const Tile& sK, const Table& table) {
   using S = typename Page::K;
   constexpr int kBits = Config.k_bits;
   const KvFormat& format = page.record().format();
@@ -141,8 +141,8 @@ __device__ void pack_k_units(const Page& page, const Tile& sK, const GroupTable&
 }
 
 // Packs sV (N,D).
-template <layout::PageConfig Config, int Threads, class Page, class Tile>
-__device__ void pack_v_units(const Page& page, const Tile& sV, const GroupTable& table) {
+template <layout::PageConfig Config, int Threads, class Page, class Tile, class Table>
+__device__ void pack_v_units(const Page& page, const Tile& sV, const Table& table) {
   using S = typename Page::V;
   constexpr int kBits = Config.v_bits;
   constexpr int kChunkUnits = S::v_parts * S::v_units;

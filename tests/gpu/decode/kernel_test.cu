@@ -294,6 +294,19 @@ TEST_CASE("sm90, wgmma, 64 columns") {
       {.k_bits = 2, .k_group = 64, .v_group = 64, .page_tokens = 64, .head_dim = 64});
 }
 
+TEST_CASE("sm90, head_dim 256: 4 and 8 columns of a warp, 16 of two") {
+  check<Row<kSm90, 4, 4, kChannel, 256, 4>>({.head_dim = 256});
+  check<Row<kSm90, 4, 4, kToken, 256, 8>>(
+      {.k_axis = kToken, .k_group = 32, .v_group = 32, .head_dim = 256, .token_norm = true});
+  check<Row<kSm90, 2, 2, kChannel, 256, 16>>({.k_bits = 2, .v_bits = 2, .head_dim = 256});
+}
+
+TEST_CASE("sm80 copies, head_dim 256, 16 columns") {
+  using R = Row<kSm80, 4, 2, kChannel, 256, 16>;
+  check<R>({.v_bits = 2, .head_dim = 256});
+  check<R>({.v_bits = 2, .k_group = 32, .v_group = 64, .head_dim = 256});
+}
+
 TEST_CASE("sm90, 2-bit per channel, 4 columns") {
   using R = Row<kSm90, 2, 2, kChannel, 128, 4>;
   check<R>({.k_bits = 2, .v_bits = 2});

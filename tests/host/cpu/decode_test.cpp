@@ -144,7 +144,8 @@ TEST_CASE("every legal format, ragged lengths, every query type") {
 std::vector<KvFormat> one_format_per_page_config() {
   std::vector<KvFormat> formats;
   for (const KvFormat& f : legal_formats()) {
-    const int longest = f.k_axis == KAxis::channel ? f.page_tokens : f.head_dim;
+    const int longest =
+        f.k_axis == KAxis::channel ? f.page_tokens : std::min(f.head_dim, kMostGroupChannels);
     const bool norm = f.k_bits == f.v_bits;
     const bool groups = f.has_blocks() || (f.k_group == longest && f.v_group == 64);
     if (groups && f.page_tokens == 128 && f.token_norm == (norm && !f.has_blocks())) {

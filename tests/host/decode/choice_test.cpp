@@ -19,7 +19,9 @@ using layout::PageConfig;
 
 constexpr PageConfig kPage{2, 2, KAxis::channel, 128};
 constexpr PageConfig kOtherPage{4, 2, KAxis::token, 64};
+constexpr PageConfig kWidePage{2, 2, KAxis::channel, 256};
 constexpr KvFormat kFormat{.k_bits = 2, .v_bits = 2};
+constexpr KvFormat kWideFormat{.k_bits = 2, .v_bits = 2, .head_dim = 256};
 constexpr KvFormat kOtherFormat{
     .v_bits = 2, .k_axis = KAxis::token, .k_group = 64, .v_group = 64, .head_dim = 64};
 
@@ -34,10 +36,11 @@ std::string row_name(Arch arch, const PageConfig& page, int tile) {
          std::to_string(page.head_dim) + "_n" + std::to_string(tile);
 }
 
-// A table with these tiles of both pages and archs, in a unit per page.
+// A table with these tiles of the pages and both archs, in a unit per page.
 struct Table {
-  explicit Table(const std::vector<int>& tiles) {
-    for (const PageConfig& page : {kOtherPage, kPage}) {
+  explicit Table(const std::vector<int>& tiles,
+                 const std::vector<PageConfig>& pages = {kOtherPage, kPage}) {
+    for (const PageConfig& page : pages) {
       std::vector<Row>& unit = rows.emplace_back();
       for (const Arch arch : {Arch::sm80, Arch::sm90}) {
         for (const int tile : tiles) {
@@ -108,6 +111,22 @@ TEST_CASE("tiles of 32 and 64 columns are for whole groups without norms") {
   for (const int tile : {4, 8, 16, 32, 64}) {
     CHECK(decode::serves({Arch::sm90, layout::page_config(blocks), tile}, blocks) == (tile <= 16));
   }
+}
+
+TEST_CASE("wide calls get tiles of 16 at head_dim 256: there are no wider ones") {
+  const Table table({4, 8, 16}, {kWidePage});
+  for (const int capability : {80, 89, 90}) {
+    const std::string row = row_name(decode::arch_of(capability), kWidePage, 0);
+    const std::string prefix = row.substr(0, row.size() - 1);
+    CHECK(table.choice(capability, 4, kWideFormat) == prefix + "4");
+    CHECK(table.choice(capability, 5, kWideFormat) == prefix + "8");
+    for (const int columns : {9, 16, 17, 32, 64, 1000}) {
+      CHECK(table.choice(capability, columns, kWideFormat) == prefix + "16");
+    }
+  }
+  KvFormat small_groups = kWideFormat;
+  small_groups.k_group = small_groups.v_group = 32;
+  CHECK(table.choice(90, 64, small_groups) == "decode_sm90_k2v2_c_d256_n16");
 }
 
 TEST_CASE("where a tile is not built the next wider one serves, else the widest") {

@@ -43,16 +43,16 @@ std::string after(std::istringstream& line, const std::string& expected) {
 
 std::vector<std::uint8_t> pack(const KvFormat& f, int keep_first) {
   std::vector<std::uint8_t> bytes(page_bytes(f));
-  constexpr layout::PageConfig kFirst{4, 2, KAxis::channel, 128}, kSecond{2, 4, KAxis::token, 64},
-      kThird{4, 2, KAxis::block, 64};
-  if (layout::page_config(f) == kFirst) {
-    test::pack_example<kFirst>(f, keep_first, bytes.data());
-  } else if (layout::page_config(f) == kSecond) {
-    test::pack_example<kSecond>(f, keep_first, bytes.data());
-  } else {
-    REQUIRE(layout::page_config(f) == kThird);
-    test::pack_example<kThird>(f, keep_first, bytes.data());
-  }
+  const auto pack_as = [&]<layout::PageConfig C> {
+    if (layout::page_config(f) != C) return false;
+    test::pack_example<C>(f, keep_first, bytes.data());
+    return true;
+  };
+  using layout::PageConfig;
+  REQUIRE((pack_as.operator()<PageConfig{4, 2, KAxis::channel, 128}>() ||
+           pack_as.operator()<PageConfig{2, 4, KAxis::token, 64}>() ||
+           pack_as.operator()<PageConfig{4, 2, KAxis::block, 64}>() ||
+           pack_as.operator()<PageConfig{2, 4, KAxis::channel, 256}>()));
   return bytes;
 }
 

@@ -37,7 +37,9 @@ constexpr int kCandidates[] = {-2147483647 - 1,
                                128,
                                129,
                                192,
-                               256};
+                               256,
+                               384,
+                               512};
 
 struct Field {
   const char* name;
@@ -68,7 +70,7 @@ TEST_CASE("every legal format is accepted, and its name, equality and hash tell 
     set.insert(f);
     hashes.insert(std::hash<KvFormat>{}(f));
   }
-  CHECK(all.size() == 424);
+  CHECK(all.size() == 696);
   CHECK(names.size() == all.size());
   CHECK(set.size() == all.size());
   CHECK(hashes.size() == all.size());

@@ -127,6 +127,8 @@ constexpr bool v_lanes_own_their_words() {
   return is_fragment_order<Tile, S::v_unit_words * S::codes_per_word, 16 / Bits, 1, 8 / Bits>();
 }
 
+static_assert(k_lanes_own_their_words<4, 256>() && v_lanes_own_their_words<4, 256>());
+static_assert(k_lanes_own_their_words<2, 256>() && v_lanes_own_their_words<2, 256>());
 static_assert(k_lanes_own_their_words<4, 128>() && v_lanes_own_their_words<4, 128>());
 static_assert(k_lanes_own_their_words<2, 128>() && v_lanes_own_their_words<2, 128>());
 static_assert(k_lanes_own_their_words<4, 64>() && v_lanes_own_their_words<4, 64>());
@@ -181,6 +183,8 @@ constexpr bool v_words_are_byte_registers() {
                                 S::v_part_words * S::codes_per_word>();
 }
 
+static_assert(k_words_are_byte_registers<4, 256>() && v_words_are_byte_registers<4, 256>());
+static_assert(k_words_are_byte_registers<2, 256>() && v_words_are_byte_registers<2, 256>());
 static_assert(k_words_are_byte_registers<4, 128>() && v_words_are_byte_registers<4, 128>());
 static_assert(k_words_are_byte_registers<2, 128>() && v_words_are_byte_registers<2, 128>());
 static_assert(k_words_are_byte_registers<4, 64>() && v_words_are_byte_registers<4, 64>());
@@ -214,7 +218,7 @@ struct Case {
   }
 };
 
-#define CODE_CASES Case<4, 128>, Case<2, 128>, Case<4, 64>, Case<2, 64>
+#define CODE_CASES Case<4, 256>, Case<2, 256>, Case<4, 128>, Case<2, 128>, Case<4, 64>, Case<2, 64>
 
 TEST_CASE_TEMPLATE("codes are numbered 0 to 64 D - 1, each once", C, CODE_CASES) {
   std::vector<int> k_seen(64 * C::head_dim), v_seen(64 * C::head_dim);
@@ -273,17 +277,17 @@ TEST_CASE_TEMPLATE("K units stay in a 16-token block, V units in a part of the c
   CHECK(strays == 0);
 }
 
-TEST_CASE_TEMPLATE("warp w finds channels [wD/4, (w+1)D/4) in its part, in its own fields", C,
+TEST_CASE_TEMPLATE("warp w finds channels [wD/4, (w+1)D/4) in its parts, in its own fields", C,
                    CODE_CASES) {
   using S = typename C::Shape;
-  const int warps_per_part = 4 / S::v_parts, fields = 8 / C::bits;
+  const int parts_per_warp = S::v_parts / 4, fields = 8 / C::bits;
   int strays = 0;
   C::for_each([&](int, int channel, int, int v) {
     const int warp = channel / (C::head_dim / 4);
     const int part = v / (S::v_unit_words * S::codes_per_word * kLanes * S::v_units);
     const int field = v % fields;
-    strays += part != warp / warps_per_part;
-    strays += warps_per_part == 2 && field / 2 != warp % 2;
+    strays += parts_per_warp > 0 ? part / parts_per_warp != warp : part != warp / 2;
+    strays += parts_per_warp == 0 && field / 2 != warp % 2;
   });
   CHECK(strays == 0);
 }

@@ -160,13 +160,17 @@ TEST_CASE("every legal format: one fp16 or byte per group, in lane order, fillin
       check_blocks(f);
       continue;
     }
-    f.head_dim == 64 ? check_k<64>(f) : check_k<128>(f);
+    if (f.head_dim == 64) check_k<64>(f);
+    if (f.head_dim == 128) check_k<128>(f);
+    if (f.head_dim == 256) check_k<256>(f);
     check_v(f);
   }
   for (const KvFormat& f : test::legal_formats()) {
     CAPTURE(name(f));
     if (f.has_blocks()) continue;
-    f.head_dim == 64 ? check_coverage<64>(f) : check_coverage<128>(f);
+    if (f.head_dim == 64) check_coverage<64>(f);
+    if (f.head_dim == 128) check_coverage<128>(f);
+    if (f.head_dim == 256) check_coverage<256>(f);
   }
 }
 

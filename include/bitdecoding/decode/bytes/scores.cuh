@@ -19,7 +19,7 @@ struct CodeSums {
   __device__ void add(const KWords<S>& words, const QueryBytes<S>& bytes, int pair) {
     mma_signed(fields[pair % 2], k_bytes<S>(words, pair), bytes(_, pair));
   }
-  // Below 2^30: codes count up to 240 in at most 128 channels, bytes make up less than 2^15.
+  // Below 2^31: codes count up to 240 in at most 256 channels, q's bytes make up at most 32385.
   __device__ float operator()(int row) const {
     constexpr int kOdd = kOddField<S::page.k_bits>;
     const std::uint32_t upper = fields[0](2 * row) * kOdd + fields[1](2 * row);

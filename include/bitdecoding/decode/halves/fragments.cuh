@@ -3,6 +3,8 @@
 // tensor cores multiply exactly.
 #pragma once
 
+#include <algorithm>
+
 #include "bitdecoding/decode/fragments.cuh"
 
 namespace bitdecoding::decode {
@@ -11,6 +13,9 @@ namespace bitdecoding::decode {
 template <Halves S, int Blocks>
 using WeightTensor =
     decltype(cute::make_tensor<std::uint32_t>(cute::Shape<_2, Int<S::n_tiles>, Int<Blocks>>{}));
+
+// Operands of a zone that a lane holds at once, in tiles of 16 channels.
+inline constexpr int kZoneTiles = 8;
 
 // The accumulators of one MMA.
 template <Halves S, class Tensor>

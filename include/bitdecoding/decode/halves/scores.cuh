@@ -99,17 +99,21 @@ __device__ void score_token_axis(const Page& page, const Groups& groups, const Q
 template <Halves S>
 __device__ void score_zone(const std::uint8_t* rows, const QueryTensor<S>& q, int lane,
                            ScoreTensor<S, 1>& tSrS) {
-  FragmentA tSrK[S::tiles];
-  load_zone_keys<S>(rows, lane, tSrK);
+  constexpr int kTiles = std::min(S::tiles, kZoneTiles);
   ScoreTensor<S, 1> odd;
   cute::clear(tSrS);
   cute::clear(odd);
 #pragma unroll
-  for (int k = 0; k < S::tiles; k += 2) {
+  for (int first = 0; first < S::tiles; first += kTiles) {
+    FragmentA tSrK[kTiles];
+    load_zone_keys<S>(rows + 32 * first, lane, tSrK);
 #pragma unroll
-    for (int n = 0; n < S::n_tiles; ++n) {
-      mma(mma_tile<S>(tSrS, n, 0), tSrK[k], q(_, n, k));
-      mma(mma_tile<S>(odd, n, 0), tSrK[k + 1], q(_, n, k + 1));
+    for (int k = 0; k < kTiles; k += 2) {
+#pragma unroll
+      for (int n = 0; n < S::n_tiles; ++n) {
+        mma(mma_tile<S>(tSrS, n, 0), tSrK[k], q(_, n, first + k));
+        mma(mma_tile<S>(odd, n, 0), tSrK[k + 1], q(_, n, first + k + 1));
+      }
     }
   }
 #pragma unroll

@@ -129,18 +129,22 @@ __device__ void add_parts(const Page& page, int first, const WeightTensor<S, kCh
   }
 }
 
-// One group: scales join the weights before these become an operand.
+// One group, or two: scales join the weights before these become an operand.
 template <Halves S, class Page>
-__device__ void add_values(const Page& page, const WholeGroups<S::head_dim>&,
+__device__ void add_values(const Page& page, const WholeGroups<S::head_dim>& groups,
                            const ScoreTensor<S, kChunkBlocks>& tSrP, int /*exponent*/, int lane,
                            Output<S, WholeGroups<S::head_dim>>& output) {
-  const RowValues scales{page.v_token_vectors(0)(lane / 4, 0)};
-  WeightTensor<S, kChunkBlocks> tOrP;
-  make_operand<S, kChunkBlocks>(tSrP, tOrP, [&](int row, float p) { return p * scales(row); });
+  constexpr int kPartChannels = S::head_dim / S::V::v_parts;
   constexpr int kTurns = 2 / S::n_tiles;
   static_assert(S::V::v_parts % kTurns == 0);
+  WeightTensor<S, kChunkBlocks> tOrP;
 #pragma unroll
   for (int part = 0; part < S::V::v_parts; part += kTurns) {
+    if (begins_group(part * kPartChannels, groups.v_group())) {
+      const int group = group_of(part * kPartChannels, groups.v_group());
+      const RowValues scales{page.v_token_vectors(group)(lane / 4, 0)};
+      make_operand<S, kChunkBlocks>(tSrP, tOrP, [&](int row, float p) { return p * scales(row); });
+    }
     add_parts<kTurns, S>(page, part, tOrP, lane, output);
   }
 }
@@ -213,7 +217,7 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
   const int exponent = min(exponent_of(largest), 16);
   weigh<S, kChunkBlocks>(tSrS, scale, exponent, softmax, output);
 #pragma unroll
-  for (int part = 0; part < Output<S, Groups>::kZeroSums; ++part) {
+  for (int part = 0; part < S::V::v_parts; ++part) {
     if (!begins_group(part * kPartChannels, groups.v_group())) continue;
     const int group = group_of(part * kPartChannels, groups.v_group());
     const auto parameters = v_row_parameters<S>(page, group, lane / 4);
@@ -233,13 +237,17 @@ __device__ void add_zone(const std::uint8_t* rows, const ScoreScale<S, 1>& scale
   weigh<S, 1>(tSrS, scale, 0, softmax, output);
   WeightTensor<S, 1> tOrP;
   make_operand<S, 1>(tSrS, tOrP, [](int, float p) { return p; });
-  FragmentA tOrV[S::tiles];
-  load_zone_values<S>(rows, end, lane, tOrV);
+  constexpr int kTiles = std::min(S::tiles, kZoneTiles);
 #pragma unroll
-  for (int k = 0; k < S::tiles; ++k) {
+  for (int first = 0; first < S::tiles; first += kTiles) {
+    FragmentA tOrV[kTiles];
+    load_zone_values<S>(rows + 32 * first, end, lane, tOrV);
 #pragma unroll
-    for (int n = 0; n < S::n_tiles; ++n)
-      mma(mma_tile<S>(output.tOrO, n, k), tOrV[k], tOrP(_, n, 0));
+    for (int k = 0; k < kTiles; ++k) {
+#pragma unroll
+      for (int n = 0; n < S::n_tiles; ++n)
+        mma(mma_tile<S>(output.tOrO, n, first + k), tOrV[k], tOrP(_, n, 0));
+    }
   }
 }
 

@@ -11,6 +11,10 @@ namespace bitdecoding::arch {
 inline int thread_id() { return emulation::machine()->thread(); }
 inline int lane_id() { return emulation::machine()->lane(); }
 inline std::uint32_t transpose_8x8(std::uint32_t pair) { return emulation::transpose_matrix(pair); }
+template <int Threads>
+void sync_threads(int barrier) {
+  emulation::any_of_group<Threads>(barrier, false);
+}
 inline void prefetch_l2(const void*) {}
 
 // Others run between the addition and what the thread does about it.

@@ -7,8 +7,7 @@
 namespace bitdecoding::arch {
 
 inline bool any_of_warpgroup(int barrier, bool holds) {
-  return emulation::any_of_group(barrier, holds);
+  return emulation::any_of_group<emulation::kGroupThreads>(barrier, holds);
 }
-inline void sync_warpgroup(int barrier) { emulation::any_of_group(barrier, false); }
 
 }  // namespace bitdecoding::arch
