@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // KvFormat: what the codes of a packed KV cache mean, as one value. Everything about a page (sizes,
 // offsets, layouts, kernels) is a function of it. `why_invalid` is the only statement of its rules.
-//   canonical name   k4v2_c128_v64_p128_d128[_norm]   (t64, not c128: K groups along channels)
+//   canonical name   k4v2_c128_v64_p128_d128[_norm][_kr64][_vr64]   (t64, not c128: K groups along
+//                    channels)
 #pragma once
 
 #include <charconv>
@@ -35,6 +36,8 @@ struct KvFormat {
   int page_tokens = 128;    // P
   int head_dim = 128;       // D
   bool token_norm = false;  // K is stored divided by the token's norm, which multiplies the score
+  int k_rotation = 0;       // channels of a Walsh-Hadamard block of K and of queries; 0: none
+  int v_rotation = 0;       // the same of V, undone on the output (format/rotation.hpp)
 
   friend constexpr bool operator==(const KvFormat&, const KvFormat&) = default;
 
@@ -62,6 +65,10 @@ constexpr bool is_channel_group(int group, int head_dim) {
   return (group == 32 || group == 64 || group == 128) && group <= head_dim;
 }
 
+constexpr bool is_rotation(int block, int head_dim) {
+  return block == 0 || ((block == 16 || block == 64 || block == 128) && block <= head_dim);
+}
+
 constexpr BrokenRule why_invalid(const KvFormat& f) {
   if (f.k_bits != 2 && f.k_bits != 4) return {"k_bits", f.k_bits, "2, 4"};
   if (f.v_bits != 2 && f.v_bits != 4) return {"v_bits", f.v_bits, "2, 4"};
@@ -84,6 +91,9 @@ constexpr BrokenRule why_invalid(const KvFormat& f) {
   if (!is_channel_group(f.v_group, f.head_dim)) {
     return {"v_group", f.v_group, "32, 64, 128 channels, at most head_dim"};
   }
+  constexpr const char* kRotations = "0, 16, 64, 128 channels, at most head_dim";
+  if (!is_rotation(f.k_rotation, f.head_dim)) return {"k_rotation", f.k_rotation, kRotations};
+  if (!is_rotation(f.v_rotation, f.head_dim)) return {"v_rotation", f.v_rotation, kRotations};
   return {};
 }
 
@@ -103,6 +113,8 @@ inline std::string name(const KvFormat& f) {
   text << 'k' << f.k_bits << 'v' << f.v_bits << '_' << (f.k_axis == KAxis::channel ? 'c' : 't')
        << f.k_group << "_v" << f.v_group << "_p" << f.page_tokens << "_d" << f.head_dim
        << (f.token_norm ? "_norm" : "");
+  if (f.k_rotation != 0) text << "_kr" << f.k_rotation;
+  if (f.v_rotation != 0) text << "_vr" << f.v_rotation;
   return text.str();
 }
 
@@ -111,7 +123,8 @@ inline Status parse_kv_format(std::string_view text, KvFormat* result) {
   const Status malformed =
       invalid_argument("format = '", text,
                        "'; allowed: k<bits>v<bits>_<c|t><group>_v<group>_p<tokens>_d<channels>"
-                       "[_norm], for example k4v2_c128_v64_p128_d128");
+                       "[_norm][_kr<channels>][_vr<channels>], for example "
+                       "k4v2_c128_v64_p128_d128");
   std::string_view rest = text;
   const auto literal = [&rest](std::string_view word) {
     if (!rest.starts_with(word)) return false;
@@ -141,6 +154,8 @@ inline Status parse_kv_format(std::string_view text, KvFormat* result) {
   if (!literal("_p") || !number(&f.page_tokens)) return malformed;
   if (!literal("_d") || !number(&f.head_dim)) return malformed;
   f.token_norm = literal("_norm");
+  if (literal("_kr") && !number(&f.k_rotation)) return malformed;
+  if (literal("_vr") && !number(&f.v_rotation)) return malformed;
   if (!rest.empty()) return malformed;
   if (Status status = validate(f); !status.is_ok()) return status;
   *result = f;
@@ -152,10 +167,12 @@ inline Status parse_kv_format(std::string_view text, KvFormat* result) {
 template <>
 struct std::hash<bitdecoding::KvFormat> {
   std::size_t operator()(const bitdecoding::KvFormat& f) const noexcept {
-    // Fields of legal formats are at most 128, so base 257 keeps all of them apart.
-    std::size_t hash = 0;
-    for (const int field : {f.k_bits, f.v_bits, static_cast<int>(f.k_axis), f.k_group, f.v_group,
-                            f.page_tokens, f.head_dim, static_cast<int>(f.token_norm)}) {
+    // Small fields share a digit and others are below 257, so that 64 bits keep all formats apart.
+    const int small = ((f.k_bits * 16 + f.v_bits) * 4 + static_cast<int>(f.k_axis)) * 2 +
+                      static_cast<int>(f.token_norm);
+    std::size_t hash = static_cast<std::size_t>(small);
+    for (const int field :
+         {f.k_group, f.v_group, f.page_tokens, f.head_dim, f.k_rotation, f.v_rotation}) {
       hash = hash * 257 + static_cast<std::size_t>(field);
     }
     return hash;
