@@ -257,7 +257,7 @@ class WithoutSoftmax : public CopyOnly<Config, Groups> {
   __device__ void begin_segment(const QueryBits& bits) {
     CopyOnly<Config, Groups>::begin_segment(bits);
     const DecodeProblem& p = this->a_.problem;
-    set_query<S>(query_.q, query_.scale, bits, p.type, p.softmax_scale, arch::lane_id());
+    set_query<S>(query_.q, query_.scale, bits, p, arch::lane_id());
   }
 
   __device__ void attend(const ItemTokens& tokens, std::uint8_t* bytes) {

@@ -136,7 +136,8 @@ class Appender {
   void arrive(int b, int head, int tensor, int position, std::uint16_t* fp16) const {
     const TokenRows& rows = tensor == 0 ? p_.k : p_.v;
     const int row = p_.runs.begin(b) + position - growth_of(b).old_length;
-    cpu::arrive(rows, rows.offset(b, row, head), c_.format.head_dim, fp16);
+    cpu::arrive(rows, rows.offset(b, row, head), c_.format.head_dim, c_.arrival(head, tensor),
+                fp16);
   }
 
   const AppendProblem& p_;

@@ -10,7 +10,7 @@
 #include <memory>
 #include <vector>
 
-#include "bitdecoding/format/float16.hpp"
+#include "bitdecoding/format/rotation.hpp"
 #include "bitdecoding/run.hpp"
 #include "cpu/decode_tile.hpp"
 #include "cpu/parallel.hpp"
@@ -128,6 +128,25 @@ void store_element(void* data, ElementType type, std::int64_t index, float value
   }
 }
 
+void load_query(const DecodeProblem& p, int sequence, int token, int head, float* q) {
+  const std::int64_t offset =
+      sequence * p.q_batch_stride + token * p.q_token_stride + head * p.q_head_stride;
+  for (int c = 0; c < p.cache.format.head_dim; ++c) q[c] = load_element(p.q, p.type, offset + c);
+}
+
+// What the mean that was taken from K would have added to all scores of a query, and so to its LSE.
+double mean_score(const DecodeProblem& p, int sequence, int token, int head, int kv_head) {
+  const std::uint16_t* mean = p.cache.arrival(kv_head, 0).mean;
+  if (mean == nullptr) return 0.;
+  float q[cpu::kMaxHeadDim];
+  load_query(p, sequence, token, head, q);
+  double sum = 0.;
+  for (int c = 0; c < p.cache.format.head_dim; ++c) {
+    sum += double{q[c]} * format::float_from_fp16(mean[c]);
+  }
+  return sum * p.softmax_scale;
+}
+
 // A row's state behind each item: [item, row of the tile].
 struct Partials {
   explicit Partials(std::size_t items, int head_dim)
@@ -146,11 +165,10 @@ void attend(const DecodeProblem& p, const Rows& rows, const cpu::PageMap& map, c
   for (int r = 0; r < item.rows; ++r) {
     const int token = (item.first_row + r) / rows.group;
     const int head = item.head * rows.group + (item.first_row + r) % rows.group;
-    const std::int64_t offset =
-        item.sequence * p.q_batch_stride + token * p.q_token_stride + head * p.q_head_stride;
-    for (int c = 0; c < head_dim; ++c) {
-      q[r * head_dim + c] = load_element(p.q, p.type, offset + c) * (p.softmax_scale * kLog2e);
-    }
+    float* row = q + r * head_dim;
+    load_query(p, item.sequence, token, head, row);
+    format::rotate(row, head_dim, p.cache.format.k_rotation);
+    for (int c = 0; c < head_dim; ++c) row[c] *= p.softmax_scale * kLog2e;
   }
   cpu::DecodeTile tile(p.cache, map, item.sequence, item.head);
   tile.set_queries(q, item.rows);
@@ -186,9 +204,12 @@ void merge(const DecodeProblem& p, const Rows& rows, int sequence, int kv_head, 
   const std::int64_t first =
       ((std::int64_t{sequence} * p.query_tokens + token) * p.query_heads + head) * head_dim;
   const float inverse = total.sum == 0.f ? 0.f : 1.f / total.sum;
-  for (int c = 0; c < head_dim; ++c) store_element(p.out, p.type, first + c, out[c] * inverse);
+  for (int c = 0; c < head_dim; ++c) out[c] *= inverse;
+  format::rotate(out, head_dim, p.cache.format.v_rotation);
+  for (int c = 0; c < head_dim; ++c) store_element(p.out, p.type, first + c, out[c]);
   if (p.lse != nullptr) {
-    const double lse = kLn2 * (double{total.maximum} + std::log2(double{total.sum}));
+    const double lse = kLn2 * (double{total.maximum} + std::log2(double{total.sum})) +
+                       mean_score(p, sequence, token, head, kv_head);
     p.lse[(std::int64_t{sequence} * p.query_heads + head) * p.query_tokens + token] =
         total.sum == 0.f ? -INFINITY : static_cast<float>(lse);
   }

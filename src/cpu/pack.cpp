@@ -34,9 +34,13 @@ void pack_one(const PackProblem& p, const cpu::PageUse& page, int head) {
   const int first = p.first_page == nullptr ? 0 : p.first_page[page.sequence];
   const int row = p.runs.begin(page.sequence) + (page.column - first) * tokens;
   cpu::TokenTile k, v;
+  const auto arrive = [&](const TokenRows& rows, int tensor, int n, cpu::TokenTile& tile) {
+    cpu::arrive(rows, rows.offset(page.sequence, row + n, head), head_dim,
+                format::arrival_of(p.format, p.k_mean, head, tensor), tile.values + n * head_dim);
+  };
   for (int n = 0; n < tokens; ++n) {
-    cpu::arrive(p.k, p.k.offset(page.sequence, row + n, head), head_dim, k.values + n * head_dim);
-    cpu::arrive(p.v, p.v.offset(page.sequence, row + n, head), head_dim, v.values + n * head_dim);
+    arrive(p.k, 0, n, k);
+    arrive(p.v, 1, n, v);
   }
   const std::int64_t record = std::int64_t{page.id} * p.num_kv_heads + head;
   cpu::pack_page(p.format, page.column == 0 ? p.keep_first : 0, k, v,

@@ -20,12 +20,14 @@ BITDECODING_INLINE void load_element8(const TokenRows& rows, std::int64_t elemen
 }  // namespace
 
 BITDECODING_CLONES
-void arrive(const TokenRows& rows, std::int64_t element, int count, std::uint16_t* fp16) {
+void arrive(const TokenRows& rows, std::int64_t element, int count, const format::Arrival& arrival,
+            std::uint16_t* fp16) {
   for (int c = 0; c < count; c += 8) {
     Float8 values;
     load_element8(rows, element + c, values);
     store_fp16(values, fp16 + c);
   }
+  if (arrival.changes()) format::transform(arrival, fp16, count);
 }
 
 }  // namespace bitdecoding::cpu

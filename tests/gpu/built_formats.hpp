@@ -16,7 +16,7 @@ inline std::vector<KvFormat> built_formats() {
   std::vector<KvFormat> formats = clipped_formats();
   std::erase_if(formats, [&](const KvFormat& f) {
     const std::string row = "pack_k" + std::to_string(f.k_bits) + "v" + std::to_string(f.v_bits) +
-                            (f.k_axis == KAxis::channel ? "_c_d" : "_t_d") +
+                            "_" + "ctb"[static_cast<int>(f.k_axis)] + "_d" +
                             std::to_string(f.head_dim);
     return f.head_dim > 128 && std::find(kernels.begin(), kernels.end(), row) == kernels.end();
   });

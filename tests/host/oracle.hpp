@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <vector>
@@ -88,6 +89,22 @@ inline DequantizedHead dequantize(const PagedKvCache& c, int sequence, int head)
   return result;
 }
 
+// H of every block of a row, by its definition; `of_errors`: bounds, which add up.
+inline std::vector<double> rotated(const std::vector<double>& row, int block,
+                                   bool of_errors = false) {
+  if (block == 0) return row;
+  std::vector<double> turned(row.size());
+  for (std::size_t c = 0; c < row.size(); ++c) {
+    const std::size_t size = static_cast<std::size_t>(block), first = c / size * size;
+    for (std::size_t j = first; j < first + size; ++j) {
+      const bool minus = std::popcount((c - first) & (j - first)) % 2 != 0 && !of_errors;
+      turned[c] += minus ? -row[j] : row[j];
+    }
+    turned[c] /= std::sqrt(static_cast<double>(block));
+  }
+  return turned;
+}
+
 struct Attention {
   std::vector<double> out, out_error;
   double lse = -INFINITY;
@@ -99,7 +116,7 @@ struct Attention {
 //   probability  twice that (its own and the sum's) + 16 u for the exponential
 //   output       that, and one rounding per token of a segment (512) and per segment, all relative
 //                to the weighted mean of v_size
-inline Attention attend(const DequantizedHead& head, const float* q, double softmax_scale) {
+inline Attention attend(const DequantizedHead& head, const double* q, double softmax_scale) {
   constexpr double u = 0x1p-24;
   const int head_dim = head.head_dim;
   Attention result{std::vector<double>(head_dim), std::vector<double>(head_dim)};

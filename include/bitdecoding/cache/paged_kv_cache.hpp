@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "bitdecoding/format/kv_format.hpp"
+#include "bitdecoding/format/rotation.hpp"
 #include "bitdecoding/layout/page_record.hpp"
 #include "bitdecoding/status.hpp"
 
@@ -35,6 +36,9 @@ struct PagedKvCache {
   const std::int32_t* slots = nullptr;        // [B] rows of the side buffer
   std::int32_t* lengths = nullptr;            // [B] tokens of each sequence
   std::int32_t* packed = nullptr;             // [B] of these in pages; a multiple of P
+  // fp16 [H, D], 16-byte aligned, taken from every K on arrival; nullptr: none. One array for all of
+  // a cache's life: scores against other means don't compare.
+  const std::uint16_t* k_mean = nullptr;
 
   constexpr std::size_t page_offset(std::int64_t page, int head) const {
     return static_cast<std::size_t>(page * num_kv_heads + head) *
@@ -45,6 +49,10 @@ struct PagedKvCache {
     return static_cast<std::size_t>((slot * num_kv_heads + head) * 2 + tensor) *
            static_cast<std::size_t>(keep_first + tail_tokens) *
            static_cast<std::size_t>(format.head_dim);
+  }
+  // What K (tensor = 0) or V (tensor = 1) of a head goes through on its way to zones and pages.
+  constexpr format::Arrival arrival(int head, int tensor) const {
+    return format::arrival_of(format, k_mean, head, tensor);
   }
   constexpr int first_row(int token) const { return token; }
   constexpr int tail_row(int token) const { return keep_first + token % tail_tokens; }
@@ -95,6 +103,9 @@ inline Status validate(const PagedKvCache& c) {
   }
   if (const auto address = reinterpret_cast<std::uintptr_t>(c.side); address % 16 != 0) {
     return invalid_argument("side address = ", address, "; allowed: multiples of 16");
+  }
+  if (const auto address = reinterpret_cast<std::uintptr_t>(c.k_mean); address % 16 != 0) {
+    return invalid_argument("k_mean address = ", address, "; allowed: multiples of 16");
   }
   if (c.batch == 0) return {};
   if (c.pool == nullptr && c.num_pages > 0) {

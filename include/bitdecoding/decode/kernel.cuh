@@ -230,23 +230,15 @@ class DecodeCta {
         const float& first = partial.o[column][Merged::channel(part)];
         whole.o[part] = reinterpret_cast<const float4&>(first);
       }
-      store_merged(segment, column, whole);
+      store_merged(segment, column, true, whole);
     }
   }
 
-  template <class Merged>
-  __device__ void store_merged(const SegmentPlace& segment, int column, const Merged& merged) {
+  template <int Columns>
+  __device__ void store_merged(const SegmentPlace& segment, int column, bool is_mine,
+                               const MergedColumns<S, Columns>& merged) {
     const OutputRow row = row_of(segment.sequence, segment.head, column);
-    const float inverse = merged.sum == 0.f ? 0.f : arch::reciprocal(merged.sum);
-#pragma unroll
-    for (int part = 0; part < Merged::kParts; ++part) {
-      const float4& o = merged.o[part];
-      store_output(a_.problem, row.out + Merged::channel(part),
-                   {o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse});
-    }
-    if (Merged::channel(0) == 0 && a_.problem.lse != nullptr) {
-      a_.problem.lse[row.lse] = natural_lse(merged.maximum, merged.sum);
-    }
+    store_column<S, Columns>(a_.problem, row, is_mine, merged);
   }
 
   template <class Merged>
@@ -355,7 +347,7 @@ class DecodeCta {
         merge_partials<S, Columns>(list(begin), column, merged);
       }
       if (is_whole) {
-        if (is_mine) store_merged(segment, column, merged);
+        store_merged(segment, column, is_mine, merged);
         return;
       }
       store_partial_column(merged, column, *cta_partial(blockIdx.x, began));

@@ -9,6 +9,7 @@
 
 #include "bitdecoding/arch/sm80.cuh"
 #include "bitdecoding/decode/halves/values.cuh"
+#include "bitdecoding/decode/query.cuh"
 
 namespace bitdecoding::decode {
 
@@ -19,14 +20,17 @@ struct alignas(16) Partial {
   float sum[S::columns];
 };
 
-// Where column `column` of a segment goes in out (B,Sq,Hq,D) and lse (B,Hq,Sq).
+// Where column `column` of a segment goes in out (B,Sq,Hq,D) and lse (B,Hq,Sq), and where its query is.
 struct OutputRow {
-  std::int64_t out;  // element of channel 0
+  std::int64_t out, query;  // elements of channel 0
   std::int64_t lse;
+  int kv_head;
 
-  __device__ OutputRow(const DecodeProblem& p, int sequence, int kv_head, int group, int column) {
+  __device__ OutputRow(const DecodeProblem& p, int sequence, int kv_head, int group, int column)
+      : kv_head(kv_head) {
     const int token = p.query_tokens == 1 ? 0 : column / group;
     const int head = kv_head * group + column - token * group;
+    query = sequence * p.q_batch_stride + token * p.q_token_stride + head * p.q_head_stride;
     out = ((static_cast<std::int64_t>(sequence) * p.query_tokens + token) * p.query_heads + head) *
           p.cache.format.head_dim;
     lse = (static_cast<std::int64_t>(sequence) * p.query_heads + head) * p.query_tokens + token;
@@ -119,6 +123,81 @@ struct MergedColumns {
   static __device__ int column() { return arch::lane_id() / kLanes; }  // of the lane
   static __device__ int channel(int part) { return 4 * (arch::lane_id() % kLanes + part * kLanes); }
 };
+
+// Undoes V's rotation of a column's output; all lanes of a warp. Bits don't depend on how many columns
+// it has.
+template <class S, int Columns>
+__device__ void rotate_output(float4 (&o)[MergedColumns<S, Columns>::kParts], int block) {
+  using Merged = MergedColumns<S, Columns>;
+  float x[4 * Merged::kParts];
+#pragma unroll
+  for (int part = 0; part < Merged::kParts; ++part) {
+    x[4 * part] = o[part].x;
+    x[4 * part + 1] = o[part].y;
+    x[4 * part + 2] = o[part].z;
+    x[4 * part + 3] = o[part].w;
+  }
+  format::rotate<S::head_dim>(x, block, [](int distance) {
+    if (distance < 4) return format::Partner{distance, 0};
+    if (distance < 4 * Merged::kLanes) return format::Partner{0, distance / 4};
+    return format::Partner{distance / Merged::kLanes, 0};
+  });
+#pragma unroll
+  for (int part = 0; part < Merged::kParts; ++part) {
+    o[part] = {x[4 * part], x[4 * part + 1], x[4 * part + 2], x[4 * part + 3]};
+  }
+}
+
+// What the mean that was taken from K would have added to all scores of a column, and so to its LSE;
+// all lanes of a warp, of which those of a column get the same. Channels D/2 apart meet first, then
+// those D/4 apart, and so on: bits don't depend on how many columns a warp has.
+template <class S, int Columns>
+__device__ float mean_score(const DecodeProblem& p, const OutputRow& row) {
+  using Merged = MergedColumns<S, Columns>;
+  const auto* q = static_cast<const std::uint16_t*>(p.q) + row.query;
+  const std::uint16_t* mean = p.cache.arrival(row.kv_head, 0).mean;
+  float sums[Merged::kParts];
+#pragma unroll
+  for (int part = 0; part < Merged::kParts; ++part) {
+    sums[part] = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const int channel = Merged::channel(part) + i;
+      const float2 a = widen_pair(reinterpret_cast<const std::uint32_t&>(q[channel]), p.type);
+      const float2 b = __half22float2(reinterpret_cast<const __half2&>(mean[channel]));
+      sums[part] = __fmaf_rn(a.y, b.y, __fmaf_rn(a.x, b.x, sums[part]));
+    }
+  }
+#pragma unroll
+  for (int width = Merged::kParts / 2; width > 0; width /= 2) {
+#pragma unroll
+    for (int part = 0; part < width; ++part) sums[part] = __fadd_rn(sums[part], sums[part + width]);
+  }
+  for (int width = Merged::kLanes / 2; width > 0; width /= 2) {
+    sums[0] = __fadd_rn(sums[0], __shfl_xor_sync(0xffffffffu, sums[0], width));
+  }
+  return sums[0] * p.softmax_scale;
+}
+
+// A merged column to the output, and its LSE. All lanes of a warp come here, those whose column
+// `is_mine` store.
+template <class S, int Columns>
+__device__ void store_column(const DecodeProblem& p, const OutputRow& row, bool is_mine,
+                             MergedColumns<S, Columns> merged) {
+  using Merged = MergedColumns<S, Columns>;
+  const float inverse = merged.sum == 0.f ? 0.f : arch::reciprocal(merged.sum);
+  for (float4& o : merged.o) o = {o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse};
+  const int rotation = p.cache.format.v_rotation;
+  if (rotation != 0) rotate_output<S, Columns>(merged.o, rotation);
+  float lse = natural_lse(merged.maximum, merged.sum);
+  if (p.lse != nullptr && p.cache.k_mean != nullptr) lse += mean_score<S, Columns>(p, row);
+  if (!is_mine) return;
+#pragma unroll
+  for (int part = 0; part < Merged::kParts; ++part) {
+    store_output(p, row.out + Merged::channel(part), merged.o[part]);
+  }
+  if (Merged::channel(0) == 0 && p.lse != nullptr) p.lse[row.lse] = lse;
+}
 
 // Partials of one segment in the items' order: a bit each, and the pointer of bit i in lane i.
 template <class S>

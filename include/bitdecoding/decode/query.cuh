@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The queries of one segment: loaded as B operand, brought to max |q| in [32, 64) by a power of two
-// per column. What K's scales make of them once per group, Q' = q * scale, is in bytes/ and
+// The queries of one segment: loaded as B operand, rotated as K is, brought to max |q| in [32, 64) by
+// a power of two per column. What K's scales make of them once per group, Q' = q * scale, is in bytes/ and
 // halves/.
 #pragma once
 
 #include "bitdecoding/decode/decode_problem.hpp"
 #include "bitdecoding/decode/fragments.cuh"
 #include "bitdecoding/element_type.hpp"
+#include "bitdecoding/format/rotation.cuh"
 
 namespace bitdecoding::decode {
 
@@ -66,34 +67,54 @@ __device__ void load_query(const DecodeProblem& p, int sequence, int kv_head,
   }
 }
 
-// q times the column's power of two, and the scale that turns a score with it to the log2 domain:
-// softmax scale * log2(e) / power of two.
+// A column's channels that the lane has, from bits(_, n, _): pair e of 8 * i + 16 * k is x 4k + 2i + e.
+template <class S>
+using OwnChannels = float[4 * S::own_tiles];
+
+template <class S>
+__device__ void rotate_query(OwnChannels<S>& x, int block) {
+  format::rotate<S::head_dim>(x, block, [](int distance) {
+    if (distance == 1) return format::Partner{1, 0};
+    if (distance < 8) return format::Partner{0, distance / 2};
+    return distance < 16 * S::own_tiles ? format::Partner{distance / 4, 0} : format::Partner{0, 4};
+  });
+  // What an infinity or a NaN has spoilt is to be seen by a maximum, which passes over NaN.
+#pragma unroll
+  for (float& channel : x) channel = channel == channel ? channel : INFINITY;
+}
+
+// q, rotated where K is, times the column's power of two, and the scale that turns a score with it to
+// the log2 domain: softmax scale * log2(e) / power of two.
 template <class S>
 __device__ void set_query(QueryTensor<S>& q, ColumnTensor<S>& scale, const QueryBits<S>& bits,
-                          ElementType type, float softmax_scale, int lane) {
+                          const DecodeProblem& p, int lane) {
   float operand_scale[S::n_tiles];  // of the lane's row of B
 #pragma unroll
   for (int n = 0; n < S::n_tiles; ++n) {
-    float largest = 0.f;
+    OwnChannels<S> x;
 #pragma unroll
     for (int i = 0; i < 2 * S::own_tiles; ++i) {
-      const float2 pair = widen_pair(bits(i % 2, n, i / 2), type);
-      largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y)));
+      const float2 pair = widen_pair(bits(i % 2, n, i / 2), p.type);
+      x[2 * i] = pair.x;
+      x[2 * i + 1] = pair.y;
     }
+    if (p.cache.format.k_rotation != 0) rotate_query<S>(x, p.cache.format.k_rotation);
+    float largest = 0.f;
+#pragma unroll
+    for (const float channel : x) largest = fmaxf(largest, fabsf(channel));
     for (int distance = 1; distance < S::column_lanes; distance *= 2) {
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
     }
     // A negative softmax scale turns the queries, so that the largest product is the largest score.
     const int exponent = column_exponent(largest);
-    const float power = copysignf(power_of_two(exponent), softmax_scale);
+    const float power = copysignf(power_of_two(exponent), p.softmax_scale);
 #pragma unroll
     for (int i = 0; i < 2 * S::own_tiles; ++i) {
-      const float2 pair = widen_pair(bits(i % 2, n, i / 2), type);
-      q(i % 2, n, i / 2) = as_bits(__floats2half2_rn(pair.x * power, pair.y * power));
+      q(i % 2, n, i / 2) = as_bits(__floats2half2_rn(x[2 * i] * power, x[2 * i + 1] * power));
     }
     // An infinite query spoils its column, as it does on the CPU: bytes would make it finite.
     const float spoilt = 0.f * largest;
-    operand_scale[n] = fabsf(softmax_scale) * 1.44269504f * power_of_two(-exponent) + spoilt;
+    operand_scale[n] = fabsf(p.softmax_scale) * 1.44269504f * power_of_two(-exponent) + spoilt;
   }
 #pragma unroll
   for (int c = 0; c < S::lane_columns; ++c) {

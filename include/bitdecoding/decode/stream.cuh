@@ -35,8 +35,7 @@ class Stream {
   }
 
   __device__ void begin_segment(const QueryBits& bits) {
-    set_query<S>(query_.q, query_.scale, bits, a_.problem.type, a_.problem.softmax_scale,
-                 arch::lane_id());
+    set_query<S>(query_.q, query_.scale, bits, a_.problem, arch::lane_id());
     if constexpr (S::page.k_axis != KAxis::channel) {
       prepare_token_axis<S>(query_, arch::lane_id());
       sum_query<S>(query_.q, sums_);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // KvFormat: what the codes of a packed KV cache mean, as one value. Everything about a page (sizes,
 // offsets, layouts, kernels) is a function of it. `why_invalid` is the only statement of its rules.
-//   canonical name   k4v2_c128_v64_p128_d128[_norm]   (t64, not c128: K groups along channels;
-//                    b32 and v32: K and V in blocks), then [_kclip85][_vclip80]
+//   canonical name   k4v2_c128_v64_p128_d128[_norm][_kr64][_vr64][_kclip85][_vclip80]
+//                    (t64, not c128: K groups along channels; b32 and v32: K and V in blocks)
 #pragma once
 
 #include <charconv>
@@ -39,6 +39,8 @@ struct KvFormat {
   int page_tokens = 128;    // P
   int head_dim = 128;       // D
   bool token_norm = false;  // K is stored divided by the token's norm, which multiplies the score
+  int k_rotation = 0;       // channels of a Walsh-Hadamard block of K and of queries; 0: none
+  int v_rotation = 0;       // the same of V, undone on the output (format/rotation.hpp)
   int k_clip = 100;         // percent of a group's range that the codes span, about its middle:
   int v_clip = 100;         // at 2 bits, outliers cost less than steps that reach for them
 
@@ -67,6 +69,10 @@ struct BrokenRule {
 
 constexpr bool is_channel_group(int group, int head_dim) {
   return (group == 32 || group == 64 || group == kMostGroupChannels) && group <= head_dim;
+}
+
+constexpr bool is_rotation(int block, int head_dim) {
+  return block == 0 || ((block == 16 || block == 64 || block == 128) && block <= head_dim);
 }
 
 constexpr BrokenRule why_invalid(const KvFormat& f) {
@@ -100,6 +106,9 @@ constexpr BrokenRule why_invalid(const KvFormat& f) {
   if (!is_channel_group(f.v_group, f.head_dim)) {
     return {"v_group", f.v_group, "32, 64, 128 channels, at most head_dim"};
   }
+  constexpr const char* kRotations = "0, 16, 64, 128 channels, at most head_dim";
+  if (!is_rotation(f.k_rotation, f.head_dim)) return {"k_rotation", f.k_rotation, kRotations};
+  if (!is_rotation(f.v_rotation, f.head_dim)) return {"v_rotation", f.v_rotation, kRotations};
   if (f.k_clip < 50 || f.k_clip > 100) return {"k_clip", f.k_clip, "50 to 100 percent"};
   if (f.v_clip < 50 || f.v_clip > 100) return {"v_clip", f.v_clip, "50 to 100 percent"};
   return {};
@@ -121,6 +130,8 @@ inline std::string name(const KvFormat& f) {
   const char axis = f.has_blocks() ? 'b' : f.k_axis == KAxis::channel ? 'c' : 't';
   text << 'k' << f.k_bits << 'v' << f.v_bits << '_' << axis << f.k_group << "_v" << f.v_group
        << "_p" << f.page_tokens << "_d" << f.head_dim << (f.token_norm ? "_norm" : "");
+  if (f.k_rotation != 0) text << "_kr" << f.k_rotation;
+  if (f.v_rotation != 0) text << "_vr" << f.v_rotation;
   if (f.k_clip != 100) text << "_kclip" << f.k_clip;
   if (f.v_clip != 100) text << "_vclip" << f.v_clip;
   return text.str();
@@ -131,7 +142,8 @@ inline Status parse_kv_format(std::string_view text, KvFormat* result) {
   const Status malformed =
       invalid_argument("format = '", text,
                        "'; allowed: k<bits>v<bits>_<c|t|b><group>_v<group>_p<tokens>_d<channels>"
-                       "[_norm][_kclip<percent>][_vclip<percent>], for example "
+                       "[_norm][_kr<channels>][_vr<channels>][_kclip<percent>][_vclip<percent>], "
+                       "for example "
                        "k4v2_c128_v64_p128_d128");
   std::string_view rest = text;
   const auto literal = [&rest](std::string_view word) {
@@ -164,6 +176,8 @@ inline Status parse_kv_format(std::string_view text, KvFormat* result) {
   if (!literal("_p") || !number(&f.page_tokens)) return malformed;
   if (!literal("_d") || !number(&f.head_dim)) return malformed;
   f.token_norm = literal("_norm");
+  if (literal("_kr") && !number(&f.k_rotation)) return malformed;
+  if (literal("_vr") && !number(&f.v_rotation)) return malformed;
   if (literal("_kclip") && !number(&f.k_clip)) return malformed;
   if (literal("_vclip") && !number(&f.v_clip)) return malformed;
   if (!rest.empty() || name(f) != text) return malformed;  // one name each: no _kclip100
@@ -177,12 +191,11 @@ inline Status parse_kv_format(std::string_view text, KvFormat* result) {
 template <>
 struct std::hash<bitdecoding::KvFormat> {
   std::size_t operator()(const bitdecoding::KvFormat& f) const noexcept {
-    // Fields of legal formats are at most 256, so base 257 keeps all of them apart.
     std::size_t hash = 0;
-    for (const int field :
-         {f.k_bits, f.v_bits, static_cast<int>(f.k_axis), f.k_group, f.v_group, f.page_tokens,
-          f.head_dim, static_cast<int>(f.token_norm), f.k_clip, f.v_clip}) {
-      hash = hash * 257 + static_cast<std::size_t>(field);
+    for (const int field : {f.k_bits, f.v_bits, static_cast<int>(f.k_axis), f.k_group, f.v_group,
+                            f.page_tokens, f.head_dim, static_cast<int>(f.token_norm), f.k_rotation,
+                            f.v_rotation, f.k_clip, f.v_clip}) {
+      hash = (hash ^ static_cast<std::size_t>(field)) * 0x100000001b3u;  // FNV-1a's prime
     }
     return hash;
   }

@@ -116,13 +116,16 @@ __device__ inline int count_cta(int batch, int* counters) {
 
 // ---- tokens that stay in fp16 ----
 
-// New tokens of a head, K and V side by side, shared out to the threads in 16-byte pieces: each has
-// a column of one of them, and every kRowStep-th row.
+// New tokens of a head, K by the first half of the threads, V by the second, in 16-byte pieces: each
+// thread has a column of one of them, and every kRowStep-th row.
 template <int HeadDim>
 class KeptTokens {
  public:
   __device__ KeptTokens(const AppendProblem& p, const AppendTask& task)
-      : rows_(tensor() == 0 ? p.k : p.v), task_(task) {}
+      : thread_(arch::thread_id()), rows_(tensor() == 0 ? p.k : p.v), task_(task) {
+    const std::uint16_t* mean = arrival(p.cache).mean;
+    if (mean != nullptr) mean_ = reinterpret_cast<const uint4&>(mean[channel()]);
+  }
 
   // Reads the thread's first piece where rows are whole: it needn't wait for the sequence's state.
   __device__ void begin(const TokenRuns& runs) {
@@ -142,6 +145,22 @@ class KeptTokens {
     };
     const auto first_row = [&](int i) { return side_row(c.first_row(g.old_length + i)); };
     const auto tail_row = [&](int i) { return side_row(c.tail_row(g.old_length + i)); };
+    const std::uint16_t* input = row(step.begin);
+    if (const format::Arrival how = arrival(c); how.changes()) {
+      // By whole warps, in which neighbours have a row together.
+      const int in_warp = thread_ % 32 / kPieces;
+#pragma unroll 1
+      for (int base = 0; base + first_token() - in_warp < count; base += kRowStep) {
+        if (base >= first_end) base = max(base, tail_begin);
+        const int i = base + first_token();
+        uint4 eight = piece_;
+        if (i < count && !(has_piece_ && i == first_token())) eight = load(input, i);
+        eight = transform_piece<HeadDim>(arrive(eight, rows_.type), mean_, how.rotation);
+        if (i < first_end) *first_row(i) = eight;
+        if (i >= tail_begin && i < count) *tail_row(i) = eight;
+      }
+      return;
+    }
     int begin = 0;
     if (has_piece_) {
       const int i = first_token();
@@ -150,19 +169,22 @@ class KeptTokens {
       if (i >= tail_begin && i < count) *tail_row(i) = eight;
       begin = kRowStep;
     }
-    const std::uint16_t* input = row(step.begin);
     move(begin, first_end, input, first_row);
     move(max(begin, tail_begin), count, input, tail_row);
   }
 
  private:
   static constexpr int kPieces = HeadDim / 8;  // of 16 bytes in a row
-  static constexpr int kRowStep = kPackThreads / (2 * kPieces);
+  static constexpr int kTensorThreads = kPackThreads / 2;
+  static constexpr int kRowStep = kTensorThreads / kPieces;
 
-  __device__ static int channel() { return threadIdx.x % kPieces * 8; }
-  __device__ static int tensor() { return threadIdx.x / kPieces % 2; }
-  __device__ static int first_token() { return threadIdx.x / (2 * kPieces); }
+  __device__ int channel() const { return thread_ % kPieces * 8; }
+  __device__ int tensor() const { return thread_ / kTensorThreads; }
+  __device__ int first_token() const { return thread_ % kTensorThreads / kPieces; }
 
+  __device__ format::Arrival arrival(const PagedKvCache& c) const {
+    return c.arrival(task_.head, tensor());
+  }
   __device__ const std::uint16_t* row(int token) const {
     return static_cast<const std::uint16_t*>(rows_.data) +
            rows_.offset(task_.batch, token, task_.head);
@@ -191,10 +213,12 @@ class KeptTokens {
     }
   }
 
+  unsigned thread_;
   TokenRows rows_;
   AppendTask task_;
   bool has_piece_ = false;
   uint4 piece_{};
+  uint4 mean_{};
 };
 
 // ---- pages ----
@@ -265,6 +289,12 @@ class PageFiller {
       tokens(tensor).end_tile(position, tokens_of_page(), sX);
       // What comes next is brought nearer while this one is packed, not before it has come.
       if (tensor + 1 < task_.end_tensor) tokens(tensor + 1).prefetch(position, tokens_of_page());
+      // Tokens of the ring have been transformed when they came.
+      const int first_new = step_.growth.old_length - position;
+      const format::Arrival arrival = c.arrival(task_.head, tensor);
+      if (!arrival.changes() || first_new >= tokens_of_page()) return;
+      __syncthreads();
+      transform_tile<kPackThreads>(arrival, first_new, tokens_of_page(), sX);
     };
     if (tensor == 0) {
       pack_k<Config>(load, c.keep_first - position, page, storage_);

@@ -21,6 +21,18 @@ __device__ inline uint4 arrive(uint4 eight, ElementType type) {
   return type == ElementType::f16 ? arrive(eight, Fp16FromFp16{}) : arrive(eight, Fp16FromBf16{});
 }
 
+// format::transform of eight such values, of whose row neighbouring lanes have the others.
+template <int HeadDim>
+__device__ uint4 transform_piece(const uint4& eight, const uint4& mean, int rotation) {
+  float x[8];
+  widen_piece(eight, x);
+  subtract_mean(mean, x);
+  format::rotate<HeadDim>(x, rotation, [](int distance) {
+    return distance < 8 ? format::Partner{distance, 0} : format::Partner{0, distance / 8};
+  });
+  return narrow_piece(x);
+}
+
 // Called by all `Threads` of a CTA; a thread moves 16-byte pieces of one column.
 template <int HeadDim, int Threads>
 class HeadTokens {

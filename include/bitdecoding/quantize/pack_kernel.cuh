@@ -181,14 +181,19 @@ __device__ void pack_page(const PackProblem& p, const layout::PageRecord& record
       p.pool +
       (static_cast<std::int64_t>(task.page_id) * p.num_kv_heads + task.head) * record.page_bytes();
   const layout::PackedKvPage<config> page(record, bytes);
-  const auto load = [&](const TokenRows& rows) {
-    return [&, rows](const auto& sX) {  // (N,D)
-      load_tile<kPackThreads>(rows, task.batch, task.token, task.head, p.format.page_tokens, sX);
+  const auto load = [&](const TokenRows& rows, int tensor) {
+    return [&, rows, tensor](const auto& sX) {  // (N,D)
+      const int tokens = p.format.page_tokens;
+      load_tile<kPackThreads>(rows, task.batch, task.token, task.head, tokens, sX);
+      const auto arrival = format::arrival_of(p.format, p.k_mean, task.head, tensor);
+      if (!arrival.changes()) return;
+      __syncthreads();
+      transform_tile<kPackThreads>(arrival, 0, tokens, sX);
     };
   };
-  pack_k<config>(load(p.k), p.keep_first - task.position, page, storage);
+  pack_k<config>(load(p.k, 0), p.keep_first - task.position, page, storage);
   __syncthreads();  // the tile is free
-  pack_v<config>(load(p.v), page, storage);
+  pack_v<config>(load(p.v, 1), page, storage);
   zero_padding(page, bytes);
 }
 

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "bitdecoding/format/kv_format.hpp"
+#include "bitdecoding/format/rotation.hpp"
 #include "bitdecoding/quantize/token_rows.hpp"
 #include "bitdecoding/status.hpp"
 
@@ -25,6 +25,7 @@ struct PackProblem {
   const std::int32_t* block_table = nullptr;  // [B, max_pages]
   int max_pages = 0;
   const std::int32_t* first_page = nullptr;  // [B]; nullptr: 0
+  const std::uint16_t* k_mean = nullptr;     // fp16 [H, D], 16-byte aligned; see PagedKvCache
 };
 
 // Everything the host can check without reading the arrays.
@@ -46,6 +47,9 @@ inline Status validate(const PackProblem& p) {
   }
   if (const auto address = reinterpret_cast<std::uintptr_t>(p.pool); address % 16 != 0) {
     return invalid_argument("pool address = ", address, "; allowed: multiples of 16");
+  }
+  if (const auto address = reinterpret_cast<std::uintptr_t>(p.k_mean); address % 16 != 0) {
+    return invalid_argument("k_mean address = ", address, "; allowed: multiples of 16");
   }
   if (p.runs.batch == 0) return {};
   if (p.pool == nullptr && p.num_pages > 0) {

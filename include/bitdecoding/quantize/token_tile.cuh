@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One page of one head's K or V as an fp16 tile in shared memory: arrival from global memory in
-// 16-byte pieces (bf16 becomes fp16) and division by token norms. A tile may hold infinities: they
-// stand for 65504, and ranges see to it.
+// 16-byte pieces (bf16 becomes fp16), format::transform and division by token norms. A tile may
+// hold infinities: they stand for 65504, and ranges see to it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,6 +14,7 @@
 
 #include "bitdecoding/format/kv_format.hpp"
 #include "bitdecoding/format/quantizer.hpp"
+#include "bitdecoding/format/rotation.cuh"
 #include "bitdecoding/layout/page_config.hpp"
 #include "bitdecoding/quantize/token_rows.hpp"
 
@@ -122,6 +123,71 @@ __device__ void visit_quarters(int tokens, const Visit& visit) {
 // A tile's infinities count as 65504, which matters only where one computes with them.
 __device__ inline __half2 finite(unsigned pair) {
   return saturate(reinterpret_cast<const __half2&>(pair));
+}
+
+// Eight fp16 of a tile, from x on, and back.
+__device__ inline void widen_piece(const uint4& piece, float* x) {
+#pragma unroll
+  for (const unsigned pair : {piece.x, piece.y, piece.z, piece.w}) {
+    const float2 values = __half22float2(finite(pair));
+    *x++ = values.x;
+    *x++ = values.y;
+  }
+}
+__device__ inline uint4 narrow_piece(const float* x) {
+  uint4 piece;
+#pragma unroll
+  for (unsigned* pair : {&piece.x, &piece.y, &piece.z, &piece.w}) {
+    const __half2 values = saturate(__floats2half2_rn(x[0], x[1]));
+    *pair = reinterpret_cast<const unsigned&>(values);
+    x += 2;
+  }
+  return piece;
+}
+__device__ inline void subtract_mean(const uint4& mean, float* x) {
+  float values[8];
+  widen_piece(mean, values);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = __fsub_rn(x[i], values[i]);
+}
+
+// format::transform of the tokens of sX (N,D) from `first` on, in place. Eight neighbours have a token
+// together, each of them one 16-byte piece of every 64 channels.
+template <int Threads, class Tile>
+__device__ void transform_tile(const format::Arrival& arrival, int first, int tokens,
+                               const Tile& sX) {
+  constexpr int kTokens = Threads / 8, kPieceStep = 64;
+  constexpr int kHeadDim = cute::size<1>(Tile{}.layout());
+  constexpr int kChannels = format::longest_rotation(kHeadDim);  // at once
+  constexpr int kPieces = kChannels / kPieceStep;
+  const auto partner_at = [](int distance) {
+    if (distance < 8) return format::Partner{distance, 0};
+    return distance < kPieceStep ? format::Partner{0, distance / 8} : format::Partner{8, 0};
+  };
+  const int thread = arch::thread_id();
+#pragma unroll 1
+  for (int token = max(first, 0) / kTokens * kTokens + thread / 8; token < tokens;
+       token += kTokens) {
+#pragma unroll 1
+    for (int part = 0; part < kHeadDim / kChannels; ++part) {
+      const int begin = part * kChannels + thread % 8 * 8;
+      float x[8 * kPieces];
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const int channel = begin + i * kPieceStep;
+        widen_piece(reinterpret_cast<const uint4&>(sX(token, channel)), x + 8 * i);
+        if (arrival.mean == nullptr) continue;
+        subtract_mean(reinterpret_cast<const uint4&>(arrival.mean[channel]), x + 8 * i);
+      }
+      format::rotate<kHeadDim>(x, arrival.rotation, partner_at);
+      if (token < first) continue;
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const int channel = begin + i * kPieceStep;
+        reinterpret_cast<uint4&>(sX(token, channel)) = narrow_piece(x + 8 * i);
+      }
+    }
+  }
 }
 
 // fp16 norm of one token from the quarter's pieces: each lane has the sums c % 32 of its eight

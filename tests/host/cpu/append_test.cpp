@@ -47,13 +47,14 @@ TEST_CASE("one by one, in pieces, at once: the same cache") {
     int first, last;
   };
   unsigned seed = 0;
-  for (const KvFormat& format : clipped_formats()) {
+  for (const KvFormat& format : all_formats()) {
     ++seed;
-    if (seed % 4 != 0) continue;
+    const bool is_rotated = format.k_rotation != 0 || format.v_rotation != 0;
+    if (seed % 4 != 0 && !is_rotated) continue;
     const Zones all_zones[] = {{0, 0}, {16, 64}, {format.page_tokens, 7}, {3, 130}};
     const Zones zones = all_zones[seed / 4 % 4];
     const int tokens = 2 * format.page_tokens + 150;
-    const CacheShape shape{2, kHeads, tokens, zones.first, zones.last};
+    const CacheShape shape{2, kHeads, tokens, zones.first, zones.last, 1, seed % 8 < 4};
     CacheBox at_once(format, shape, seed), single(format, shape, seed), pieces(format, shape, seed);
     const Inputs inputs(format, 2, tokens, seed);
     append(at_once, inputs.k, inputs.v, 0, tokens);
@@ -72,9 +73,8 @@ TEST_CASE("one by one, in pieces, at once: the same cache") {
   }
 }
 
-TEST_CASE("pages and rows hold what the specification says") {
-  const KvFormat format{.v_bits = 2, .k_group = 64, .v_group = 64, .page_tokens = 64};
-  CacheBox box(format, {1, kHeads, 512, 10, 20});
+void check_pages_and_rows(const KvFormat& format, bool has_mean) {
+  CacheBox box(format, {1, kHeads, 512, 10, 20, 1, has_mean});
   const Inputs inputs(format, 1, 215, 3);
   append(box, inputs.k, inputs.v, 0, 100);
   append(box, inputs.k, inputs.v, 100, 115);
@@ -82,28 +82,46 @@ TEST_CASE("pages and rows hold what the specification says") {
   REQUIRE(box.lengths[0] == 215);
   REQUIRE(box.packed[0] == 192);
   for (int head = 0; head < kHeads; ++head) {
+    const std::vector<float> mean = box.mean_of(head);
+    const float* k_mean = mean.empty() ? nullptr : mean.data();
     for (int page = 0; page < 3; ++page) {
       std::vector<float> k, v;
       for (int n = 0; n < 64 * 128; ++n) {
         k.push_back(inputs.k.get(0, page * 64 + n / 128, head, n % 128));
         v.push_back(inputs.v.get(0, page * 64 + n / 128, head, n % 128));
       }
-      const ReferencePage expected(format, page == 0 ? 10 : 0, k, v);
+      const ReferencePage expected(format, page == 0 ? 10 : 0, k, v, k_mean);
       const std::uint8_t* bytes = c.pool + c.page_offset(c.block_table[page], head);
       REQUIRE(std::equal(expected.bytes.begin(), expected.bytes.end(), bytes));
     }
     for (int n = 0; n < 215; ++n) {
       if (n >= 10 && n < 192) continue;
       const int row = n < 10 ? n : 10 + n % c.tail_tokens;
+      float k[128], v[128];
+      for (int i = 0; i < 128; ++i) {
+        k[i] = inputs.k.get(0, n, head, i);
+        v[i] = inputs.v.get(0, n, head, i);
+      }
+      arrive(k, 128, k_mean, format.k_rotation);
+      arrive(v, 128, nullptr, format.v_rotation);
       for (int i = 0; i < 128; ++i) {
         const auto side = [&](int tensor) {
           return c.side[c.side_offset(c.slots[0], head, tensor) + row * 128 + i];
         };
-        REQUIRE(side(0) == fp16_bits(rn16(inputs.k.get(0, n, head, i))));
-        REQUIRE(side(1) == fp16_bits(rn16(inputs.v.get(0, n, head, i))));
+        REQUIRE(side(0) == fp16_bits(k[i]));
+        REQUIRE(side(1) == fp16_bits(v[i]));
       }
     }
   }
+}
+
+TEST_CASE("pages and rows hold what the specification says") {
+  KvFormat format{.v_bits = 2, .k_group = 64, .v_group = 64, .page_tokens = 64};
+  check_pages_and_rows(format, false);
+  check_pages_and_rows(format, true);
+  format.k_rotation = 128;
+  format.v_rotation = 16;
+  check_pages_and_rows(format, true);
 }
 
 TEST_CASE("elements arrive as fp16, whatever they were") {

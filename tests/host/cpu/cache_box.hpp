@@ -36,6 +36,7 @@ struct CacheShape {
   int keep_first = 16;
   int keep_last = 64;
   int max_append = 1;
+  bool has_mean = false;
 };
 
 struct CacheBox {
@@ -60,6 +61,14 @@ struct CacheBox {
     std::shuffle(slots.begin(), slots.end(), random);
     lengths.assign(static_cast<std::size_t>(shape.batch), 0);
     packed = lengths;
+    if (shape.has_mean) {
+      std::normal_distribution<float> normal(0.f, 3.f);
+      mean.resize(static_cast<std::size_t>(shape.heads * format.head_dim) * 2 / sizeof(Piece));
+      auto* bits = reinterpret_cast<std::uint16_t*>(mean.data());
+      for (int i = 0; i < shape.heads * format.head_dim; ++i) {
+        bits[i] = format::fp16_from_float(normal(random));
+      }
+    }
   }
 
   PagedKvCache view() {
@@ -70,7 +79,18 @@ struct CacheBox {
     c.slots = slots.data();
     c.lengths = lengths.data();
     c.packed = packed.data();
+    if (!mean.empty()) c.k_mean = reinterpret_cast<const std::uint16_t*>(mean.data());
     return c;
+  }
+  // K's mean of a head (D); empty without one.
+  std::vector<float> mean_of(int head) const {
+    std::vector<float> of_head;
+    if (mean.empty()) return of_head;
+    const auto* bits = reinterpret_cast<const std::uint16_t*>(mean.data());
+    for (int c = 0; c < cache.format.head_dim; ++c) {
+      of_head.push_back(format::float_from_fp16(bits[head * cache.format.head_dim + c]));
+    }
+    return of_head;
   }
 
   friend bool operator==(const CacheBox& a, const CacheBox& b) {
@@ -109,6 +129,7 @@ struct CacheBox {
 
   PagedKvCache cache;  // without pointers
   std::vector<Piece> pool, side;
+  std::vector<Piece> mean;  // of K, fp16 [H,D]; empty: none
   std::vector<std::int32_t> block_table, slots, lengths, packed;
 };
 

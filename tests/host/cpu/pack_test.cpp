@@ -20,7 +20,7 @@ using namespace test;
 // One problem with its memory: two rows of ragged runs, shuffled pages.
 struct PackBox {
   PackBox(const KvFormat& format, ElementType type, int keep_first, unsigned seed)
-      : box(format, {2, kHeads, 4 * format.page_tokens, keep_first, 0}, seed),
+      : box(format, {2, kHeads, 4 * format.page_tokens, keep_first, 0, 1, seed % 7 == 0}, seed),
         tokens(2 * format.page_tokens + 7),
         k(type, 2, tokens, kHeads, format.head_dim, seed % 2 == 0),
         v(type, 2, tokens, kHeads, format.head_dim, seed % 2 == 1) {
@@ -36,6 +36,7 @@ struct PackBox {
     problem.block_table = c.block_table;
     problem.max_pages = c.max_pages;
     problem.first_page = first_page;
+    problem.k_mean = c.k_mean;
     leftpad[1] = 5;
     num_tokens[0] = 2 * format.page_tokens + 1;
     num_tokens[1] = format.page_tokens;
@@ -52,7 +53,10 @@ struct PackBox {
       }
     }
     const int free_tokens = first_page[b] + i == 0 ? problem.keep_first : 0;
-    return ReferencePage(problem.format, free_tokens, k_page, v_page).bytes;
+    const std::vector<float> mean = box.mean_of(head);
+    return ReferencePage(problem.format, free_tokens, k_page, v_page,
+                         mean.empty() ? nullptr : mean.data())
+        .bytes;
   }
 
   static constexpr int kHeads = 2;
@@ -110,7 +114,7 @@ void check_pack(PackBox& box) {
 TEST_CASE("every byte of every legal format") {
   const ElementType types[] = {ElementType::f16, ElementType::bf16, ElementType::f32};
   unsigned seed = 0;
-  for (const KvFormat& format : clipped_formats()) {
+  for (const KvFormat& format : all_formats()) {
     ++seed;
     const int keep_first[] = {0, 16, 50, format.page_tokens};
     PackBox box(format, types[seed % 3], keep_first[seed % 4], seed);

@@ -31,13 +31,33 @@ inline std::uint16_t fp16_bits(float x) {
   return static_cast<std::uint16_t>(sign | (exponent + 15) << 10 | mantissa);
 }
 
+// A row of one head's K or V as a cache holds it, fp16; `mean`: (D) or nullptr.
+inline void arrive(float* row, int head_dim, const float* mean, int rotation) {
+  for (int c = 0; c < head_dim; ++c) row[c] = rn16(row[c]) - (mean == nullptr ? 0.f : mean[c]);
+  for (int distance = 1; distance < rotation; distance *= 2) {
+    for (int c = 0; c < head_dim; ++c) {
+      if ((c & distance) != 0) continue;
+      const float a = row[c], b = row[c + distance];
+      row[c] = a + b;
+      row[c + distance] = a - b;
+    }
+  }
+  const float scale =
+      rotation == 0 ? 1.f : static_cast<float>(1. / std::sqrt(static_cast<double>(rotation)));
+  for (int c = 0; c < head_dim; ++c) row[c] = rn16(row[c] * scale);
+}
+
 class ReferencePage {
  public:
   // `k`, `v`: (P, D) of any size; the first `free_tokens` don't widen channel-axis K ranges.
-  ReferencePage(const KvFormat& format, int free_tokens, std::vector<float> k, std::vector<float> v)
+  ReferencePage(const KvFormat& format, int free_tokens, std::vector<float> k, std::vector<float> v,
+                const float* k_mean = nullptr)
       : f_(format), at_{format}, bytes(static_cast<std::size_t>(at_.page_bytes())) {
-    for (float& x : k) x = rn16(x);
-    for (float& x : v) x = rn16(x);
+    for (int token = 0; token < f_.page_tokens; ++token) {
+      arrive(&k[static_cast<std::size_t>(token * f_.head_dim)], f_.head_dim, k_mean, f_.k_rotation);
+      arrive(&v[static_cast<std::size_t>(token * f_.head_dim)], f_.head_dim, nullptr,
+             f_.v_rotation);
+    }
     if (f_.token_norm) divide_by_norms(k);
     const bool per_channel = f_.k_axis == KAxis::channel;
     const int k_tokens = per_channel ? f_.k_group : 1, k_channels = per_channel ? 1 : f_.k_group;

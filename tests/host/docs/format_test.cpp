@@ -111,7 +111,7 @@ void check_norm(const test::PageReader& page, std::istringstream& line) {
 
 TEST_CASE("docs/format.md: every number of the worked example") {
   std::vector<Block> blocks = read_blocks("docs/format.md");
-  REQUIRE(blocks.size() == 3);
+  REQUIRE(blocks.size() == 4);
   int rows = 0;
   for (Block& block : blocks) {
     REQUIRE(block.size() > 3);

@@ -46,16 +46,21 @@ struct Field {
   int KvFormat::* value;
 };
 constexpr Field kFields[] = {
-    {"k_bits", &KvFormat::k_bits},     {"v_bits", &KvFormat::v_bits},
-    {"k_group", &KvFormat::k_group},   {"v_group", &KvFormat::v_group},
-    {"head_dim", &KvFormat::head_dim}, {"page_tokens", &KvFormat::page_tokens}};
+    {"k_bits", &KvFormat::k_bits},         {"v_bits", &KvFormat::v_bits},
+    {"k_group", &KvFormat::k_group},       {"v_group", &KvFormat::v_group},
+    {"head_dim", &KvFormat::head_dim},     {"page_tokens", &KvFormat::page_tokens},
+    {"k_rotation", &KvFormat::k_rotation}, {"v_rotation", &KvFormat::v_rotation}};
 
-bool contains(const std::vector<KvFormat>& all, const KvFormat& f) {
-  return std::find(all.begin(), all.end(), f) != all.end();
+bool is_one_of(const std::vector<KvFormat>& unrotated, KvFormat f) {
+  if (!test::is_legal_rotation(f.k_rotation, f.head_dim)) return false;
+  if (!test::is_legal_rotation(f.v_rotation, f.head_dim)) return false;
+  f.k_rotation = f.v_rotation = 0;
+  f.k_clip = f.v_clip = 100;  // any clip goes with any groups, and blocks here have none
+  return std::find(unrotated.begin(), unrotated.end(), f) != unrotated.end();
 }
 
 TEST_CASE("every legal format is accepted, and its name, equality and hash tell it from the rest") {
-  const std::vector<KvFormat> all = test::legal_formats();
+  const std::vector<KvFormat> all = test::all_formats();
   std::unordered_set<std::string> names;
   std::unordered_set<KvFormat> set;
   std::unordered_set<std::size_t> hashes;
@@ -70,14 +75,14 @@ TEST_CASE("every legal format is accepted, and its name, equality and hash tell 
     set.insert(f);
     hashes.insert(std::hash<KvFormat>{}(f));
   }
-  CHECK(all.size() == 696);
+  CHECK(all.size() == 696 + 8 + 15 + 15);
   CHECK(names.size() == all.size());
   CHECK(set.size() == all.size());
   CHECK(hashes.size() == all.size());
 }
 
 TEST_CASE("changing one field gives another legal format or an error that names a field") {
-  const std::vector<KvFormat> all = test::legal_formats();
+  const std::vector<KvFormat> all = test::all_formats(), unrotated = test::legal_formats();
   int rejected = 0;
   for (const KvFormat& legal : all) {
     for (const Field& field : kFields) {
@@ -85,18 +90,19 @@ TEST_CASE("changing one field gives another legal format or an error that names 
         KvFormat f = legal;
         f.*field.value = value;
         const Status status = validate(f);
-        const bool is_legal = contains(all, f);
+        const bool is_legal = is_one_of(unrotated, f);
         if (status.is_ok() != is_legal) FAIL(name(f), ": ", status.text());
         if (is_legal) continue;
         ++rejected;
-        // The culprit is the changed field, or a group that no longer fits it.
+        // The culprit is the changed field, or a group or a rotation that no longer fits it.
         const format::BrokenRule rule = format::why_invalid(f);
         const bool fits_alone = std::any_of(all.begin(), all.end(), [&](const KvFormat& other) {
           return other.*field.value == value;
         });
         const std::string culprit = rule.field;
-        const bool names_culprit =
-            culprit == field.name || (fits_alone && (culprit == "k_group" || culprit == "v_group"));
+        const bool is_part = culprit == "k_group" || culprit == "v_group" ||
+                             culprit == "k_rotation" || culprit == "v_rotation";
+        const bool names_culprit = culprit == field.name || (fits_alone && is_part);
         if (!names_culprit) FAIL(name(f), ": ", status.text());
         const auto broken = std::find_if(std::begin(kFields), std::end(kFields),
                                          [&](const Field& x) { return culprit == x.name; });
@@ -108,7 +114,7 @@ TEST_CASE("changing one field gives another legal format or an error that names 
 }
 
 TEST_CASE("a message lists every value that would be legal") {
-  const std::vector<KvFormat> all = test::legal_formats();
+  const std::vector<KvFormat> all = test::all_formats();
   for (const Field& field : kFields) {
     for (const KvFormat& legal : all) {
       KvFormat f = legal;
@@ -169,7 +175,8 @@ TEST_CASE("a malformed name is refused, quoted, and leaves the result alone") {
     bad.push_back(good.substr(0, i) + '?' + good.substr(i));
     if (i <= good.find("_d") + 2) bad.push_back(good.substr(0, i));
   }
-  for (const char* tail : {"_", "_nor", "_norms", "_norm_norm", "norm", " ", "\n", "_e5"}) {
+  for (const char* tail : {"_", "_nor", "_norms", "_norm_norm", "norm", " ", "\n", "_e5", "_kr",
+                           "_kr0", "_kr064", "_vr64_kr64", "_kr64_norm", "_kr64_kr64", "_r64"}) {
     bad.push_back(good + tail);
   }
   bad.push_back(good + std::string(1, '\0'));
@@ -191,6 +198,8 @@ TEST_CASE("a well-formed name of an illegal format is refused for its broken rul
   const Status status = parse_kv_format("k4v2_c128_v64_p64_d128", &result);
   CHECK(status.text().starts_with("k_group = 128; allowed: "));
   CHECK(parse_kv_format("k3v2_c64_v64_p64_d128", &result).text() == "k_bits = 3; allowed: 2, 4");
+  CHECK(parse_kv_format("k4v2_c64_v64_p64_d64_vr128", &result).text() ==
+        "v_rotation = 128; allowed: 0, 16, 64, 128 channels, at most head_dim");
   CHECK(result == before);
 }
 

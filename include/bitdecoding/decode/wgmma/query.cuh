@@ -39,7 +39,7 @@ __device__ void begin_queries(const QueryBits<WarpColumns<S>>& bits, const Decod
                               int warp, int lane, GroupStorage<S>& storage) {
   using Q = WarpColumns<S>;
   Query<Q> query;
-  set_query<Q>(query.q, query.scale, bits, problem.type, problem.softmax_scale, lane);
+  set_query<Q>(query.q, query.scale, bits, problem, lane);
   keep_query<S>(query.q, warp, lane, storage);
   ColumnTensor<Q> sums;
   cute::clear(sums);
