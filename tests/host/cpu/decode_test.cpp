@@ -168,7 +168,7 @@ TEST_CASE("zones and every boundary of lengths") {
     int first, last;
   };
   const auto formats = one_format_per_page_config();
-  REQUIRE(formats.size() == 24);
+  REQUIRE(formats.size() == 36);
   unsigned seed = 0;
   for (const Zones& zones :
        {Zones{0, 0}, Zones{16, 64}, Zones{1, 1}, Zones{64, 0}, Zones{128, 100}}) {
