@@ -89,7 +89,7 @@ def test_head_dim_256_has_kernels_for_some_pages_and_tiles_of_up_to_16_columns()
         if row in built:
             assert decode_kernel(format, 64, compute_capability=90) == row
         else:
-            with pytest.raises(NotImplementedError, match=f"{format}.*kernel"):
+            with pytest.raises(NotImplementedError, match="kernels"):
                 decode_kernel(format, 64, compute_capability=90)
 
 
