@@ -223,8 +223,9 @@ def quantize(
 
 
 def block_scale(exponents: Bytes) -> Halves:
-    scales = (exponents.astype(np.uint16) << 10).view(np.float16)
-    return np.where(exponents == 31, NAN16, scales)
+    scales: Halves = (exponents.astype(np.uint16) << 10).view(np.float16)
+    scales[exponents == 31] = NAN16
+    return scales
 
 
 def block_zero(scale: Halves, bits: int) -> Halves:
