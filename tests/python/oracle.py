@@ -230,7 +230,8 @@ def block_scale(exponents: Bytes) -> Halves:
 
 def block_zero(scale: Halves, bits: int) -> Halves:
     """+0 where the scale is 0."""
-    return (np.float16(0) - scale * np.float16(BLOCK_MIDDLE[bits])).astype(np.float16)
+    zero: Halves = np.float16(0) - scale * np.float16(BLOCK_MIDDLE[bits])
+    return zero
 
 
 def quantize_blocks(values: Halves, bits: int) -> tuple[npt.NDArray[np.uint8], Halves, Halves]:
