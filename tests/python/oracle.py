@@ -230,13 +230,15 @@ def quantize(
 
 
 def block_scale(exponents: Bytes) -> Halves:
-    scales = (exponents.astype(np.uint16) << 10).view(np.float16)
-    return np.where(exponents == 31, NAN16, scales)
+    scales: Halves = (exponents.astype(np.uint16) << 10).view(np.float16)
+    scales[exponents == 31] = NAN16
+    return scales
 
 
 def block_zero(scale: Halves, bits: int) -> Halves:
     """+0 where the scale is 0."""
-    return (np.float16(0) - scale * np.float16(BLOCK_MIDDLE[bits])).astype(np.float16)
+    zero: Halves = np.float16(0) - scale * np.float16(BLOCK_MIDDLE[bits])
+    return zero
 
 
 def quantize_blocks(values: Halves, bits: int) -> tuple[npt.NDArray[np.uint8], Halves, Halves]:

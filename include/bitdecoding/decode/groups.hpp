@@ -26,7 +26,6 @@ struct WholeGroups {
 struct BlockGroups {
   static constexpr int kMostChunkGroups = 1;
   static constexpr int kMostValueGroups = layout::kMaxHeadDim / 32;
-  static constexpr int k_token_group() { return 32; }
   static constexpr int v_group() { return 32; }
   static constexpr bool token_norm() { return false; }
 };

@@ -2,7 +2,7 @@
 // S^T = K Q^T of one item, as far as both kinds of products share it. A score in the log2 domain is
 //   sum * factor + bias     factor, bias per query column and half of the chunk (tSrS stays raw)
 // Per-channel K: factor and bias come with each group's Q'. Per-token K and token norms finish the
-// scores in place; then factor is 1 and bias 0.
+// scores in place; then factor is 1 and bias 0. Blocks of K: factor is the query's, bias 0.
 #pragma once
 
 #include <cute/arch/copy_sm75.hpp>
@@ -43,25 +43,6 @@ struct RowValues {
   }
 };
 
-// Scales and zero-points of those rows, of a group of channels.
-struct RowParameters {
-  RowValues scales, zeros;
-
-  // Row i's sum of a_c * value_c from its sum of a_c * code_c and from the sum of a_c.
-  __device__ float apply(int i, float products, float sum) const {
-    return products * scales(i) + sum * zeros(i);
-  }
-};
-// Of blocks: all zero-points are -block_middle times the scale.
-template <int Bits>
-struct BlockParameters {
-  RowValues scales;
-
-  __device__ float apply(int i, float products, float sum) const {
-    return (products - format::block_middle(Bits) * sum) * scales(i);
-  }
-};
-
 // The fp16 numbers 2^e of eight exponent bytes, which are 31 at most.
 __device__ inline RowValues block_scales(uint2 exponents) {
   const __half2 zero = __float2half2_rn(0.f);
@@ -72,26 +53,6 @@ __device__ inline RowValues block_scales(uint2 exponents) {
   };
   const std::uint32_t low = exponents.x << 2, high = exponents.y << 2;
   return {{pair(low, 0x1404), pair(low, 0x3424), pair(high, 0x1404), pair(high, 0x3424)}};
-}
-
-// Parameters of a page's rows g = `row` and those 8, 16, ... tokens on.
-template <class S, class Page>
-__device__ auto k_row_parameters(const Page& page, int group, int row) {
-  if constexpr (S::page.has_blocks()) {
-    return BlockParameters<S::page.k_bits>{block_scales(page.k_exponent_vectors(group)(row))};
-  } else {
-    const auto vectors = page.k_token_vectors(group);
-    return RowParameters{{vectors(row, 0)}, {vectors(row, 1)}};
-  }
-}
-template <class S, class Page>
-__device__ auto v_row_parameters(const Page& page, int group, int row) {
-  if constexpr (S::page.has_blocks()) {
-    return BlockParameters<S::page.v_bits>{block_scales(page.v_exponent_vectors(group)(row))};
-  } else {
-    const auto vectors = page.v_token_vectors(group);
-    return RowParameters{{vectors(row, 0)}, {vectors(row, 1)}};
-  }
 }
 
 __device__ inline RowValues larger(const RowValues& a, const RowValues& b) {

@@ -83,7 +83,12 @@ class Stream {
       score_channel_axis<S>(page, groups_, query_, new_group, lane_, tSrS, scale_);
     } else {
       scale_.set_identity();
-      score_token_axis<S>(page, groups_, query_, sums_, lane_, tSrS);
+      if constexpr (S::page.has_blocks()) {
+        scale_.factor[0] = query_.scale;
+        score_block_axis<S>(page, query_, sums_, lane_, tSrS);
+      } else {
+        score_token_axis<S>(page, groups_, query_, sums_, lane_, tSrS);
+      }
     }
     Scale scale = scale_;
     if (groups_.token_norm()) {
@@ -110,7 +115,7 @@ class Stream {
   Groups groups_;
   int lane_;
   Query<S> query_;
-  QuerySums<S> sums_;  // per-token K only
+  QuerySums<S> sums_;  // per-token K and blocks only
   Scale scale_;        // of the current channel-axis groups
   Softmax<S> softmax_;
   Output<S, Groups> output_;

@@ -10,6 +10,27 @@
 
 namespace bitdecoding::decode {
 
+// Of a lane's rows, for a group of channels.
+struct RowParameters {
+  RowValues scales, zeros;
+};
+// Of blocks: zero-points are -block_middle times the scales.
+template <int Bits>
+struct BlockParameters {
+  RowValues scales;
+};
+
+// Of the rows (token 8i + row) of a chunk.
+template <class S, class Page>
+__device__ auto value_parameters(const Page& page, int group, int row) {
+  if constexpr (S::page.has_blocks()) {
+    return BlockParameters<S::page.v_bits>{block_scales(page.v_exponent_vectors(group)(row))};
+  } else {
+    const auto vectors = page.v_token_vectors(group);
+    return RowParameters{{vectors(row, 0)}, {vectors(row, 1)}};
+  }
+}
+
 template <class S, class Groups>
 struct Output {
   static constexpr int kZeroSums =

@@ -19,6 +19,11 @@ struct CodeSums {
   __device__ void add(const KWords<S>& words, const QueryBytes<S>& bytes, int pair) {
     mma_signed(fields[pair % 2], k_bytes<S>(words, pair), bytes(_, pair));
   }
+  // Of that pair alone; even fields count less by kOddField.
+  __device__ float of_pair(int row, int pair) const {
+    const ByteSums& sums = fields[pair % 2];
+    return static_cast<float>(static_cast<int>(sums(2 * row) * kUpperByte + sums(2 * row + 1)));
+  }
   // Below 2^31: codes count up to 240 in at most 256 channels, q's bytes make up at most 32385.
   __device__ float operator()(int row) const {
     constexpr int kOdd = kOddField<S::page.k_bits>;
@@ -62,16 +67,42 @@ __device__ void score_token_axis(const Page& page, const Groups& groups, const Q
       sums.add(words, query.bytes, pair);
       zero_weight += query_sums[pair](0);
       if (!begins_group(32 * pair + 32, groups.k_token_group())) continue;
-      const auto parameters =
-          k_row_parameters<S>(page, group_of(32 * pair, groups.k_token_group()), lane / 4);
+      const auto vectors = page.k_token_vectors(group_of(32 * pair, groups.k_token_group()));
+      const RowValues scales{vectors(lane / 4, 0)}, zeros{vectors(lane / 4, 1)};
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         tSrS(row, 0, block) +=
-            query.scale(0) *
-            parameters.apply(2 * block + row, sums(row) * query.factor(0), zero_weight);
+            query.scale(0) * (sums(row) * query.factor(0) * scales(2 * block + row) +
+                              zero_weight * zeros(2 * block + row));
       }
       sums = CodeSums<S>();
       zero_weight = 0.f;
+    }
+  }
+}
+
+// Blocks of K, a pair of channel tiles each: sums of q * (code - middle) * scale.
+template <Bytes S, class Page>
+__device__ void score_block_axis(const Page& page, const Query<S>& query,
+                                 const QuerySums<S>& query_sums, int lane,
+                                 ScoreTensor<S, kChunkBlocks>& tSrS) {
+  cute::clear(tSrS);
+  const float factors[2] = {query.factor(0) * kOddField<S::page.k_bits>, query.factor(0)};
+#pragma unroll
+  for (int block = 0; block < kChunkBlocks; ++block) {
+    KWords<S> words;
+    load_words<S>(page.k_units(0), lane, block, words);
+#pragma unroll
+    for (int pair = 0; pair < S::tiles / 2; ++pair) {
+      CodeSums<S> sums;
+      sums.add(words, query.bytes, pair);
+      const RowValues scales = block_scales(page.k_exponent_vectors(pair)(lane / 4));
+      const float middle = format::block_middle(S::page.k_bits) * query_sums[pair](0);
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        tSrS(row, 0, block) +=
+            (sums.of_pair(row, pair) * factors[pair % 2] - middle) * scales(2 * block + row);
+      }
     }
   }
 }

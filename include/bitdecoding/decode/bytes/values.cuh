@@ -34,9 +34,9 @@ __device__ float weigh(ScoreTensor<S, Blocks>& tSrS, const Scale& scale, Softmax
 // The scale of every row that is the largest of its channel groups.
 template <Bytes S, class Groups, class Page>
 __device__ RowValues largest_scales(const Page& page, const Groups& groups, int lane) {
-  RowValues largest = v_row_parameters<S>(page, 0, lane / 4).scales;
+  RowValues largest = value_parameters<S>(page, 0, lane / 4).scales;
   for (int group = 1; group * groups.v_group() < S::head_dim; ++group) {
-    largest = larger(largest, v_row_parameters<S>(page, group, lane / 4).scales);
+    largest = larger(largest, value_parameters<S>(page, group, lane / 4).scales);
   }
   return largest;
 }
@@ -123,7 +123,7 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
   for (int part = 0; part < S::V::v_parts; ++part) {
     if (begins_group(part * kPartChannels, groups.v_group())) {
       const auto parameters =
-          v_row_parameters<S>(page, group_of(part * kPartChannels, groups.v_group()), lane / 4);
+          value_parameters<S>(page, group_of(part * kPartChannels, groups.v_group()), lane / 4);
       output.zero_sum_of(part)(0) += factor * sum_of_zeros<S>(parameters, tSrS, 0);
       make_weights<S>(parameters.scales, tSrS, tOrP);
     }

@@ -79,19 +79,44 @@ __device__ void score_token_axis(const Page& page, const Groups& groups, const Q
 #pragma unroll
     for (int c = 0; c < S::lane_columns; ++c) zero_weight(c) += query_sums[pair](c);
     if (!begins_group(32 * pair + 32, groups.k_token_group())) continue;
-    const auto parameters =
-        k_row_parameters<S>(page, group_of(32 * pair, groups.k_token_group()), lane / 4);
+    const auto vectors = page.k_token_vectors(group_of(32 * pair, groups.k_token_group()));
+    const RowValues scales{vectors(lane / 4, 0)}, zeros{vectors(lane / 4, 1)};
 #pragma unroll
     for (int row = 0; row < 2 * kChunkBlocks; ++row) {
 #pragma unroll
       for (int c = 0; c < S::lane_columns; ++c) {
         tSrS(row % 2, c, row / 2) +=
             query.scale(c) *
-            parameters.apply(row, sums(row % 2, c, row / 2) * kCodeFactor, zero_weight(c));
+            (sums(row % 2, c, row / 2) * kCodeFactor * scales(row) + zero_weight(c) * zeros(row));
       }
     }
     cute::clear(sums);
     cute::clear(zero_weight);
+  }
+}
+
+// Blocks of K, a pair of channel tiles each: sums of q * (code - middle) * scale.
+template <Halves S, class Page>
+__device__ void score_block_axis(const Page& page, const Query<S>& query,
+                                 const QuerySums<S>& query_sums, int lane,
+                                 ScoreTensor<S, kChunkBlocks>& tSrS) {
+  cute::clear(tSrS);
+#pragma unroll
+  for (int pair = 0; pair < S::tiles / 2; ++pair) {
+    ScoreTensor<S, kChunkBlocks> sums;
+    cute::clear(sums);
+    add_codes<S>(page.k_units(0), 0, kChunkBlocks, lane, query.scaled, 2 * pair, 2 * pair + 2,
+                 sums);
+    const RowValues scales = block_scales(page.k_exponent_vectors(pair)(lane / 4));
+#pragma unroll
+    for (int c = 0; c < S::lane_columns; ++c) {
+      const float middle = format::block_middle(S::page.k_bits) * query_sums[pair](c);
+#pragma unroll
+      for (int row = 0; row < 2 * kChunkBlocks; ++row) {
+        tSrS(row % 2, c, row / 2) +=
+            (sums(row % 2, c, row / 2) * kCodeFactor - middle) * scales(row);
+      }
+    }
   }
 }
 

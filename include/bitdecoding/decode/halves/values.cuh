@@ -189,8 +189,8 @@ __device__ void add_values(const Page& page, const Groups& groups,
   for (int part = 0; part < S::V::v_parts; ++part) {
     if (begins_group(part * kPartChannels, groups.v_group())) {
       const int group = group_of(part * kPartChannels, groups.v_group());
-      const PairValues scales(v_row_parameters<S>(page, group, 2 * t).scales.bits,
-                              v_row_parameters<S>(page, group, 2 * t + 1).scales.bits);
+      const PairValues scales(value_parameters<S>(page, group, 2 * t).scales.bits,
+                              value_parameters<S>(page, group, 2 * t + 1).scales.bits);
 #pragma unroll
       for (int i = 0; i < 2 * kChunkBlocks; ++i) {
         const std::uint32_t scale = multiply(scales.pair[i], up);
@@ -212,7 +212,7 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
   constexpr int kPartChannels = S::head_dim / S::V::v_parts;
   __half2 largest = __float2half2_rn(0.f);
   for (int group = 0; group * groups.v_group() < S::head_dim; ++group) {
-    largest = __hmax2(largest, largest_value(v_row_parameters<S>(page, group, lane / 4).scales));
+    largest = __hmax2(largest, largest_value(value_parameters<S>(page, group, lane / 4).scales));
   }
   const int exponent = min(exponent_of(largest), 16);
   weigh<S, kChunkBlocks>(tSrS, scale, exponent, softmax, output);
@@ -220,7 +220,7 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
   for (int part = 0; part < S::V::v_parts; ++part) {
     if (!begins_group(part * kPartChannels, groups.v_group())) continue;
     const int group = group_of(part * kPartChannels, groups.v_group());
-    const auto parameters = v_row_parameters<S>(page, group, lane / 4);
+    const auto parameters = value_parameters<S>(page, group, lane / 4);
 #pragma unroll
     for (int c = 0; c < S::lane_columns; ++c) {
       output.zero_sum_of(part)(c) += sum_of_zeros<S>(parameters, tSrS, c);
