@@ -201,7 +201,7 @@ def _contend(
     new = options.new_tokens
     result = CacheResult(
         name=name,
-        format="float16" if recipe is None else str(forced_cache.format),
+        format="float16" if recipe is None else str(forced_cache.formats[0]),
         bytes=demo_run.cache_bytes(forced_cache),
         ratio=1.0,
         tokens_per_second=1 / forced.step_seconds,

@@ -60,7 +60,7 @@ def cache_directory() -> Path:
 def fetch(asset: Asset, directory: Path | None = None) -> Path:
     """Path of the asset's file, downloaded if it is not there yet or differs from its hash."""
     target = (directory or cache_directory()) / Path(asset.member).name
-    if target.is_file() and _sha256(target) == asset.sha256:
+    if target.is_file() and sha256_of(target) == asset.sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     # In the same directory, so that the last step is a rename: never half a file under its name.
@@ -88,12 +88,13 @@ def _download(asset: Asset, directory: Path) -> Path:
 
 
 def _expect(path: Path, sha256: str) -> None:
-    found = _sha256(path)
+    found = sha256_of(path)
     if found != sha256:
         raise DemoError(f"{path.name}: SHA-256 is {found}; expected {sha256}")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import half_budget
@@ -60,3 +61,13 @@ def rng() -> np.random.Generator:
 @pytest.fixture
 def torch() -> Any:
     return pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """Tiny matrices are slower on many threads, far slower where the cores are busy."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,85 +11,26 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from bitdecoding import KvFormat  # noqa: E402
-from bitdecoding.transformers import ATTENTION, LowBitCache, low_bit_mask  # noqa: E402
+from tiny_models import (  # noqa: E402
+    EVERYTHING,
+    FLIPS,
+    SHAPES,
+    forward,
+    generate,
+    generate_16bit,
+    left_padded,
+    make_model,
+    tokens,
+)  # fmt: skip
 
-SHAPES = [(9, 3, 64), (8, 2, 128)]  # query heads, KV heads, head_dim
-FLIPS = 0.02  # of the logits' deviation: sums in another order can flip a code at a rounding tie
-EVERYTHING = 1 << 10  # keep_last: the whole text stays in 16 bit
+from bitdecoding.transformers import ATTENTION, LowBitCache  # noqa: E402
 
-
-def make_model(shape: tuple[int, int, int] = SHAPES[0], dtype: Any = torch.float32) -> Any:
-    heads, kv_heads, head_dim = shape
-    torch.manual_seed(1)
-    config = transformers.LlamaConfig(
-        vocab_size=128,
-        hidden_size=16 * heads,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=2048,
-        initializer_range=0.05,  # attention that prefers some tokens over others
-    )
-    model = transformers.LlamaForCausalLM(config).to(dtype).eval()
-    model.set_attn_implementation(ATTENTION)
-    return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """Tiny matrices are slower on many threads, far slower where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     return make_model()
-
-
-def tokens(rows: int, count: int, seed: int = 0) -> Any:
-    return torch.randint(3, 128, (rows, count), generator=torch.Generator().manual_seed(seed))
-
-
-def generate(model: Any, ids: Any, cache: Any, new: int, mask: Any = None, **options: Any) -> Any:
-    """(sequences, logits (new, B, V)) of greedy decoding that never stops early."""
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids) if mask is None else mask,
-        past_key_values=cache,
-        max_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **options,
-    )
-    return out.sequences, torch.stack(out.logits)
-
-
-def generate_16bit(model: Any, ids: Any, new: int, **options: Any) -> Any:
-    model.set_attn_implementation("sdpa")
-    try:
-        return generate(model, ids, transformers.DynamicCache(config=model.config), new, **options)
-    finally:
-        model.set_attn_implementation(ATTENTION)
-
-
-def forward(model: Any, ids: Any, cache: Any, **options: Any) -> Any:
-    with torch.no_grad():
-        return model(ids, past_key_values=cache, **options).logits
-
-
-def left_padded(rows: list[Any]) -> tuple[Any, Any]:
-    width = max(len(row) for row in rows)
-    ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
-    return ids, torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -277,7 +217,7 @@ def test_fill_from_a_16_bit_cache_equals_the_prompt(model: Any) -> None:
 
 def test_facts_that_generate_asks_for(model: Any) -> None:
     cache = LowBitCache(model.config, "k4v2", max_tokens=256)
-    assert str(cache.format) == "k4v2_c128_v32_p128_d64"
+    assert str(cache.formats[0]) == "k4v2_c128_v32_p128_d64"
     assert (cache.get_seq_length(), cache.get_mask_sizes(5, 0), cache.nbytes) == (0, (5, 0), 0)
     assert (cache.is_compileable, cache.is_croppable, cache.is_sliding) == (
         False,
@@ -289,137 +229,3 @@ def test_facts_that_generate_asks_for(model: Any) -> None:
     forward(model, tokens(1, 9), cache)
     assert (cache.get_seq_length(), cache.get_mask_sizes(5, 0)) == (9, (14, 0))
     assert cache.nbytes == sum(layer.cache.nbytes for layer in cache.layers) > 0
-
-
-@pytest.mark.parametrize("format", ["int3", "k4v4_c128_v128_p128_d128", KvFormat(head_dim=128)])
-def test_formats_that_do_not_fit(model: Any, format: Any) -> None:
-    with pytest.raises(ValueError, match=r"int3|head_dim"):
-        LowBitCache(model.config, format)
-
-
-@pytest.mark.parametrize(
-    ("setting", "error", "message"),
-    [
-        ({"max_tokens": 0}, ValueError, "max_tokens = 0; allowed: 1 to"),
-        ({"max_tokens": -5}, ValueError, "max_tokens = -5; allowed: 1 to"),
-        ({"max_tokens": 8.0}, TypeError, "max_tokens = 8.0; allowed: an int"),
-        ({"keep_first": 999}, ValueError, "keep_first = 999; allowed: 0 to page_tokens"),
-        ({"keep_last": 2**29}, ValueError, "keep_last = 536870912; allowed: 0 to"),
-        ({"threads": -1}, ValueError, "threads = -1; allowed: 0 to"),
-        ({"format": None}, TypeError, "format = None; allowed: a KvFormat"),
-    ],
-)
-def test_settings_are_checked_at_once(
-    model: Any, setting: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        LowBitCache(model.config, **setting)
-
-
-@pytest.mark.parametrize("other", ["sdpa", "eager"])
-def test_another_attention_implementation_is_an_error(model: Any, other: str) -> None:
-    model.set_attn_implementation(other)
-    try:
-        with pytest.raises(RuntimeError, match="set_attn_implementation"):
-            generate(model, tokens(1, 9), LowBitCache(model.config), 2)
-    finally:
-        model.set_attn_implementation(ATTENTION)
-
-
-def test_the_attention_without_the_cache_is_an_error(model: Any) -> None:
-    with pytest.raises(ValueError, match="LowBitCache"):
-        generate(model, tokens(1, 9), None, 2)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_beams": 2}, "beam"),
-        ({"prompt_lookup_num_tokens": 2}, "assisted"),
-        ({"output_attentions": True}, "output_attentions"),
-    ],
-)
-def test_unsupported_generation(model: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(NotImplementedError, match=message):
-        generate(model, tokens(1, 20), LowBitCache(model.config), 4, **options)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda c: c.crop(-1),
-        lambda c: c.reorder_cache(torch.tensor([0])),
-        lambda c: c.batch_repeat_interleave(2),
-        lambda c: c.batch_select_indices(torch.tensor([0])),
-        lambda c: c.offload(0),
-    ],
-)
-def test_unsupported_operations(model: Any, call: Any) -> None:
-    cache = LowBitCache(model.config)
-    forward(model, tokens(1, 4), cache)
-    with pytest.raises(NotImplementedError, match="LowBitCache"):
-        call(cache)
-
-
-@pytest.mark.parametrize(
-    ("attribute", "value", "message"),
-    [
-        ("sliding_window", 128, "sliding"),
-        ("layer_types", ["full_attention", "sliding_attention"], "sliding_attention"),
-        ("layer_types", ["full_attention", "linear_attention"], "linear_attention"),
-        ("attention_chunk_size", 64, "chunked"),
-        ("is_encoder_decoder", True, "cross attention"),
-        ("attn_logit_softcapping", 30.0, "soft cap"),
-        ("num_kv_shared_layers", 1, "share"),
-        ("kv_lora_rank", 64, "latent"),
-    ],
-)
-def test_unsupported_models(attribute: str, value: Any, message: str) -> None:
-    config = make_model().config
-    setattr(config, attribute, value)
-    with pytest.raises(NotImplementedError, match=message):
-        LowBitCache(config)
-
-
-def test_training_and_other_masks(model: Any) -> None:
-    with pytest.raises(NotImplementedError, match="causal"):
-        low_bit_mask(1, 4, 4, mask_function=lambda *index: True)
-    with pytest.raises(NotImplementedError, match="2-D"):
-        forward(
-            model, tokens(1, 4), LowBitCache(model.config), attention_mask=torch.ones(1, 1, 4, 4)
-        )
-    model.train()
-    try:
-        with pytest.raises(NotImplementedError, match="training"):
-            forward(model, tokens(1, 4), LowBitCache(model.config))
-    finally:
-        model.eval()
-
-
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        ([[1, 1, 1, 0]], "left padding"),
-        ([[1, 0, 1, 1]], "left padding"),
-        ([[0, 1, 1]], "shape"),
-    ],
-)
-def test_masks_that_are_not_left_padding(model: Any, mask: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        forward(model, tokens(1, 4), LowBitCache(model.config), attention_mask=torch.tensor(mask))
-
-
-@pytest.mark.parametrize("later", [None, [[1, 1, 1, 1, 1]], [[1, 0, 1, 1, 1]]])
-def test_a_mask_that_contradicts_the_past(model: Any, later: Any) -> None:
-    cache = LowBitCache(model.config)
-    forward(model, tokens(1, 4), cache, attention_mask=torch.tensor([[0, 1, 1, 1]]))
-    mask = None if later is None else torch.tensor(later)
-    with pytest.raises(ValueError, match="differs"):
-        forward(model, tokens(1, 1), cache, attention_mask=mask)
-
-
-def test_another_batch_on_a_filled_cache(model: Any) -> None:
-    cache = LowBitCache(model.config)
-    forward(model, tokens(2, 4), cache)
-    with pytest.raises(ValueError, match="batch = 3"):
-        forward(model, tokens(3, 4), cache)

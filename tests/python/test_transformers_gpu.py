@@ -11,20 +11,19 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from cuda_kernels import DEVICES  # noqa: E402
-from test_transformers import (  # noqa: E402
+from tiny_models import (  # noqa: E402
     FLIPS,
     SHAPES,
     forward,
     generate,
     left_padded,
     make_model,
-    one_torch_thread,
     tokens,
 )
 
 from bitdecoding.transformers import LowBitCache  # noqa: E402
 
-__all__ = ["one_torch_thread"]  # a fixture that every test of a module uses
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 STEPS = 150  # over a page boundary of every row
 SETTINGS: dict[str, Any] = {"keep_first": 4, "keep_last": 16, "max_tokens": 400}

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache that quantises in torch and attends with torch: the cross-check of the packed one.
+
+Its layers keep every key and value and give each query what a packed cache would have held for it:
+16-bit first and newest tokens, pages in between. One forward over a whole text is enough.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.cache_utils import Cache
+
+from accuracy import caches
+from accuracy.fake import Scheme, arrived, fake_quantise, hadamard
+from accuracy.recipes import Recipe
+from bitdecoding import KvFormat
+from bitdecoding.cache_layers import NewTokens, SixteenBitLayer, WindowLayer
+
+
+def schemes(format: KvFormat) -> tuple[Scheme, Scheme]:
+    """Of K and of V. A library without rotations has none."""
+    norm = "head" if format.token_norm else ""
+    k_rotation, v_rotation = (getattr(format, name, 0) for name in ("k_rotation", "v_rotation"))
+    v_axis = "block" if format.k_axis == "block" else "token"
+    return (
+        Scheme(format.k_bits, format.k_axis, format.k_group, k_rotation, norm),
+        Scheme(format.v_bits, v_axis, format.v_group, v_rotation),
+    )
+
+
+class FakeLayer(SixteenBitLayer):
+    """Attends as if ``format`` had been packed."""
+
+    def __init__(
+        self, k: Scheme, v: Scheme, page_tokens: int, keep_first: int, keep_last: int
+    ) -> None:
+        super().__init__()
+        self.k, self.v, self.page = k, v, page_tokens
+        self.keep_first, self.keep_last = keep_first, keep_last
+
+    def attend(
+        self, module: Any, query: torch.Tensor, new: NewTokens, mask: Any, scale: float
+    ) -> torch.Tensor:
+        kept = [arrived(new.keys, self.k.rotation), arrived(new.values, self.v.rotation)]
+        read = [
+            fake_quantise(x, scheme, self.page, first)
+            for x, scheme, first in zip(kept, (self.k, self.v), (self.keep_first, 0), strict=True)
+        ]
+        q = hadamard(query.float(), self.k.rotation)
+        total, out = new.keys.shape[2], torch.empty_like(q)
+        row = start = total - query.shape[2]
+        while row < total:
+            packed = self.page * (max(0, row + 1 - self.keep_last) // self.page)
+            end = min(total, max(row + 1, packed + self.page + self.keep_last - 1))
+            first = min(self.keep_first, packed)
+            keys, values = (
+                torch.cat([x[:, :, :first], y[:, :, first:packed], x[:, :, packed:end]], 2)
+                for x, y in zip(kept, read, strict=True)
+            )
+            rows = torch.arange(row, end, device=q.device)
+            visible = torch.arange(end, device=q.device) <= rows[:, None]
+            out[:, :, row - start : end - start] = scaled_dot_product_attention(
+                q[:, :, row - start : end - start],
+                keys,
+                values,
+                attn_mask=visible,
+                scale=scale,
+                enable_gqa=True,
+            )
+            row = end
+        return hadamard(out, self.v.rotation).transpose(1, 2).to(query.dtype)
+
+
+def make(recipe: Recipe, config: Any) -> Cache:
+    """For the attention implementation of LowBitCache."""
+    layers: list[Any] = []
+    formats = caches.formats_of(recipe, config)
+    for kind, format in zip(caches.layer_kinds(config), formats, strict=True):
+        if kind != "full_attention":
+            layers.append(WindowLayer(config.get_text_config(decoder=True).sliding_window))
+        elif format is None:
+            layers.append(SixteenBitLayer())
+        else:
+            page, zones = format.page_tokens, (recipe.keep_first, recipe.keep_last)
+            layers.append(FakeLayer(*schemes(format), page, *zones))
+    return Cache(layers=layers)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes that the bench compares: formats, 16-bit zones, layers left in 16 bit. Data only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bitdecoding import KvFormat
+
+WHOLE = 0  # a v_group or token-axis k_group of head_dim channels, a rotation over the whole head
+SIXTEEN_BIT = "16-bit"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to hold the K and V of a model's full-attention layers."""
+
+    name: str
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of KvFormat, but for head_dim
+    keep_first: int = 16
+    keep_last: int = 64
+    edges: int = 0  # so many first and so many last full-attention layers stay in 16 bit
+    long: bool = False  # it also writes freely, which takes a step per token
+
+    def format(self, head_dim: int) -> KvFormat:
+        """Raises TypeError or ValueError where the library has no such format."""
+        given = dict(self.fields)
+        for name in ("v_group", "k_group", "k_rotation", "v_rotation"):
+            channels = name != "k_group" or given.get("k_axis") == "token"
+            if channels and name in given:
+                largest = 128 if name.endswith("rotation") else head_dim
+                given[name] = min(given[name] or head_dim, largest, head_dim)
+        return KvFormat(**given, head_dim=head_dim)
+
+    def formats(self, kinds: list[str], head_dim: int) -> list[KvFormat | None]:
+        """What LowBitCache takes; kinds: of the model's layers, as its config names them."""
+        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+        packed = full[self.edges : len(full) - self.edges]
+        return [self.format(head_dim) if i in packed else None for i in range(len(kinds))]
+
+    def why_not(self, head_dim: int) -> str | None:
+        """Why this build has no such recipe; None: it has."""
+        try:
+            self.format(head_dim)
+        except (TypeError, ValueError) as error:
+            return str(error).splitlines()[0]
+        return None
+
+
+def kivi(name: str, bits: tuple[int, int], groups: tuple[int, int], **more: Any) -> Recipe:
+    """K per channel, V per token; groups of K in tokens, of V in channels."""
+    codes = {"k_bits": bits[0], "v_bits": bits[1], "k_group": groups[0], "v_group": groups[1]}
+    options = {k: more.pop(k) for k in ("keep_first", "keep_last", "edges", "long") if k in more}
+    return Recipe(name, {**codes, **more}, **options)
+
+
+def token(name: str, bits: tuple[int, int], group: int, **more: Any) -> Recipe:
+    """K and V per token."""
+    return kivi(name, bits, (group, group), k_axis="token", **more)
+
+
+def with_zones(recipe: Recipe, first: int, last: int) -> Recipe:
+    name = f"{recipe.name}, zones {first}/{last}"
+    return replace(recipe, name=name, keep_first=first, keep_last=last, long=False)
+
+
+ROTATED = {"k_rotation": WHOLE, "v_rotation": WHOLE}
+KIVI4 = kivi("kivi-4 g128", (4, 4), (128, WHOLE), long=True)
+KIVI2 = kivi("kivi-2 g32", (2, 2), (32, 32), long=True)
+K4V2 = kivi("k4v2 g128/32", (4, 2), (128, 32), long=True)
+OSCAR = kivi("oscar", (2, 2), (32, 32), **ROTATED, token_norm=True, long=True)
+
+PLAIN = (
+    KIVI4,
+    kivi("kivi-4 g64", (4, 4), (64, 64)),
+    kivi("kivi-4 g32", (4, 4), (32, 64), long=True),
+    token("token-4 g64", (4, 4), 64),
+    K4V2,
+    kivi("k2v4 g32", (2, 4), (32, WHOLE)),
+    kivi("kivi-2 g128", (2, 2), (128, WHOLE)),
+    kivi("kivi-2 g64", (2, 2), (64, 64)),
+    KIVI2,
+    kivi("kivi-2 g32, norms", (2, 2), (32, 32), token_norm=True),
+    token("token-2 g32", (2, 2), 32),
+    kivi("kivi-2 g32, first and last layer 16-bit", (2, 2), (32, 32), edges=1),
+)
+TRANSFORMED = (
+    token("hadamard-4", (4, 4), 64, **ROTATED, long=True),
+    token("hadamard-4, blocks of 16", (4, 4), 64, k_rotation=16, v_rotation=16),
+    token("hadamard-4, blocks of 64", (4, 4), 64, k_rotation=64, v_rotation=64),
+    kivi("kivi-4 g128, rotated", (4, 4), (128, WHOLE), **ROTATED, long=True),
+    kivi("k4v2 g128/32, V rotated", (4, 2), (128, 32), v_rotation=WHOLE, long=True),
+    kivi("k4v2 g128/32, rotated", (4, 2), (128, 32), **ROTATED, long=True),
+    kivi("k2v4 g32, rotated", (2, 4), (32, WHOLE), **ROTATED),
+    kivi("kivi-2 g32, V rotated", (2, 2), (32, 32), v_rotation=WHOLE),
+    kivi("kivi-2 g32, rotated", (2, 2), (32, 32), **ROTATED, long=True),
+    kivi("kivi-2 g32/64, rotated", (2, 2), (32, 64), **ROTATED),
+    kivi("kivi-2 g64, rotated", (2, 2), (64, 64), **ROTATED),
+    kivi("kivi-2 g128, rotated", (2, 2), (128, WHOLE), **ROTATED),
+    OSCAR,
+    kivi("block-4", (4, 4), (32, 32), k_axis="block", **ROTATED),
+    kivi("block-4, not rotated", (4, 4), (32, 32), k_axis="block"),
+)
+ZONES = tuple(
+    with_zones(recipe, first, last)
+    for recipe in (KIVI4, KIVI2, TRANSFORMED[8])
+    for first, last in ((0, 0), (0, 64), (16, 128), (64, 256))
+)
+RECIPES = {recipe.name: recipe for recipe in (*PLAIN, *TRANSFORMED, *ZONES)}
+REDUCED = (KIVI4.name, K4V2.name, KIVI2.name)
