@@ -19,6 +19,7 @@ constexpr IntField kIntFields[] = {
     {"k_bits", &KvFormat::k_bits},           {"v_bits", &KvFormat::v_bits},
     {"k_group", &KvFormat::k_group},         {"v_group", &KvFormat::v_group},
     {"page_tokens", &KvFormat::page_tokens}, {"head_dim", &KvFormat::head_dim},
+    {"k_rotation", &KvFormat::k_rotation},   {"v_rotation", &KvFormat::v_rotation},
 };
 
 [[noreturn]] void refuse_field(const std::string& name, nb::handle value, const char* allowed) {
@@ -49,7 +50,8 @@ void set_field(const std::string& name, nb::handle value, KvFormat* format) {
     format->k_axis = axis == "channel" ? KAxis::channel : KAxis::token;
   } else {
     refuse_field(name, value,
-                 "k_bits, v_bits, k_axis, k_group, v_group, page_tokens, head_dim, token_norm");
+                 "k_bits, v_bits, k_axis, k_group, v_group, page_tokens, head_dim, token_norm, "
+                 "k_rotation, v_rotation");
   }
 }
 
