@@ -172,6 +172,19 @@ const std::int32_t* data_or_null(const std::optional<Array>& ints) {
   return ints ? static_cast<const std::int32_t*>(ints->data()) : nullptr;
 }
 
+std::optional<Array> optional_mean(nb::handle object, const Array& pool, int head_dim,
+                                   Lifetime lifetime) {
+  if (object.is_none()) return std::nullopt;
+  Array mean(object, "k_mean", Access::read, lifetime);
+  mean.expect_float16().expect_shape("(num_kv_heads, head_dim)", {pool.extent(1), head_dim});
+  mean.expect_contiguous().expect_on(pool);
+  return mean;
+}
+
+const std::uint16_t* mean_or_null(const std::optional<Array>& mean) {
+  return mean ? static_cast<const std::uint16_t*>(mean->data()) : nullptr;
+}
+
 TokenArrays::TokenArrays(nb::handle k, nb::handle v, nb::handle leftpad, nb::handle num_tokens,
                          const Array& pool, int head_dim)
     : k_(k, "k", Access::read), v_(v, "v", Access::read) {

@@ -75,6 +75,11 @@ std::optional<Array> optional_ints(nb::handle object, const char* name, int batc
                                    const Array& other);
 const std::int32_t* data_or_null(const std::optional<Array>& ints);
 
+// An optional mean of K, float16 [num_kv_heads, head_dim], beside `pool`; None is nullptr.
+std::optional<Array> optional_mean(nb::handle object, const Array& pool, int head_dim,
+                                   Lifetime lifetime = Lifetime::call);
+const std::uint16_t* mean_or_null(const std::optional<Array>& mean);
+
 // k and v of one call (B, S, H, D), with the real tokens of each row.
 class TokenArrays {
  public:

@@ -31,7 +31,8 @@ nb::tuple sequence_extents(const KvFormat& format, int keep_first, int keep_last
 
 CacheArrays::CacheArrays(const KvFormat& format, int keep_first, int keep_last, nb::handle pool,
                          nb::handle side, nb::handle block_table, nb::handle slots,
-                         nb::handle lengths, nb::handle packed, Lifetime lifetime)
+                         nb::handle lengths, nb::handle packed, nb::handle k_mean,
+                         Lifetime lifetime)
     : lifetime_(lifetime),
       pool_(pool, "pool", Access::write, lifetime),
       side_(side, "side", Access::write, lifetime),
@@ -54,6 +55,7 @@ CacheArrays::CacheArrays(const KvFormat& format, int keep_first, int keep_last, 
   for (const Array* array : {&pool_, &side_, &block_table_, &slots_, &lengths_, &packed_}) {
     array->expect_contiguous().expect_on(pool_);
   }
+  k_mean_ = optional_mean(k_mean, pool_, format.head_dim, lifetime);
   cache_ = {.format = format,
             .keep_first = keep_first,
             .keep_last = keep_last,
@@ -68,7 +70,8 @@ CacheArrays::CacheArrays(const KvFormat& format, int keep_first, int keep_last, 
             .block_table = static_cast<const std::int32_t*>(block_table_.data()),
             .slots = static_cast<const std::int32_t*>(slots_.data()),
             .lengths = lengths_.writable<std::int32_t>(),
-            .packed = packed_.writable<std::int32_t>()};
+            .packed = packed_.writable<std::int32_t>(),
+            .k_mean = mean_or_null(k_mean_)};
   throw_if_error(validate(cache_));
 }
 

@@ -24,7 +24,7 @@ class CacheArrays {
  public:
   CacheArrays(const KvFormat& format, int keep_first, int keep_last, nb::handle pool,
               nb::handle side, nb::handle block_table, nb::handle slots, nb::handle lengths,
-              nb::handle packed, Lifetime lifetime);
+              nb::handle packed, nb::handle k_mean, Lifetime lifetime);
 
   std::string device() const { return device_name(pool_.device()); }
   // Tokens that a sequence can hold before it needs more columns than the block table has.
@@ -61,6 +61,7 @@ class CacheArrays {
   Array slots_;
   Array lengths_;
   Array packed_;
+  std::optional<Array> k_mean_;
   PagedKvCache cache_;
 
   nb::object workspace_ = nb::none();

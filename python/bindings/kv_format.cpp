@@ -22,6 +22,7 @@ constexpr IntField kIntFields[] = {
     {"k_bits", &KvFormat::k_bits},           {"v_bits", &KvFormat::v_bits},
     {"k_group", &KvFormat::k_group},         {"v_group", &KvFormat::v_group},
     {"page_tokens", &KvFormat::page_tokens}, {"head_dim", &KvFormat::head_dim},
+    {"k_rotation", &KvFormat::k_rotation},   {"v_rotation", &KvFormat::v_rotation},
     {"k_clip", &KvFormat::k_clip},           {"v_clip", &KvFormat::v_clip},
 };
 
@@ -56,7 +57,7 @@ void set_field(const std::string& name, nb::handle value, KvFormat* format) {
   } else {
     refuse_field(name, value,
                  "k_bits, v_bits, k_axis, k_group, v_group, page_tokens, head_dim, token_norm, "
-                 "k_clip, v_clip");
+                 "k_rotation, v_rotation, k_clip, v_clip");
   }
 }
 

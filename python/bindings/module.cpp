@@ -38,6 +38,9 @@ v_group : channels of one token that share a V scale: 32, 64 or 128, at most hea
 page_tokens : tokens of a page: 64 or 128
 head_dim : channels of a head: 64, 128 or 256
 token_norm : K is coded divided by its token's norm, which then multiplies the score; not in blocks
+k_rotation, v_rotation : channels of a block that a Walsh-Hadamard transform turns, of K (and then of
+    every query) and of V (turned back in the output): 0 (none), 16, 64 or 128, at most head_dim.
+    Where V's rotation is folded into a model's weights, v_rotation is 0 (QuaRot, arXiv 2404.00456)
 k_clip, v_clip : percent of a group's range, about its middle, that the codes span: 50 to 100;
     values beyond become the first or the last code. In blocks 100
 
@@ -48,10 +51,11 @@ Raises ValueError naming the field, its value and what is allowed.)")
           nb::sig("def __init__(self, *, k_bits: int = 4, v_bits: int = 4, "
                   "k_axis: str = 'channel', k_group: int = 128, v_group: int = 128, "
                   "page_tokens: int = 128, head_dim: int = 128, token_norm: bool = False, "
-                  "k_clip: int = 100, v_clip: int = 100) -> None"))
+                  "k_rotation: int = 0, v_rotation: int = 0, k_clip: int = 100, "
+                  "v_clip: int = 100) -> None"))
       .def_static("parse", &parse, "name"_a.none(), nb::sig("def parse(name: str) -> KvFormat"),
                   "The format of a canonical name such as 'k4v2_c128_v64_p128_d128' or "
-                  "'k2v2_t32_v32_p64_d64_norm'. Raises ValueError.")
+                  "'k2v2_t32_v32_p64_d64_norm_kr64_vr64'. Raises ValueError.")
       .def_ro("k_bits", &KvFormat::k_bits, "Bits per K code.")
       .def_ro("v_bits", &KvFormat::v_bits, "Bits per V code.")
       .def_prop_ro("k_axis", &axis_name, "'channel', 'token' or 'block'.")
@@ -60,6 +64,9 @@ Raises ValueError naming the field, its value and what is allowed.)")
       .def_ro("page_tokens", &KvFormat::page_tokens, "Tokens of a page.")
       .def_ro("head_dim", &KvFormat::head_dim, "Channels of a head.")
       .def_ro("token_norm", &KvFormat::token_norm, "Whether K is coded divided by its norm.")
+      .def_ro("k_rotation", &KvFormat::k_rotation,
+              "Channels of a block of K that is turned; 0: none.")
+      .def_ro("v_rotation", &KvFormat::v_rotation, "The same of V.")
       .def_ro("k_clip", &KvFormat::k_clip, "Percent of a K group's range that its codes span.")
       .def_ro("v_clip", &KvFormat::v_clip, "Percent of a V group's range that its codes span.")
       .def_prop_ro(
@@ -82,13 +89,14 @@ void bind_cache_arrays(nb::module_& module) {
           "__init__",
           [](CacheArrays* self, const KvFormat& format, int keep_first, int keep_last,
              nb::handle pool, nb::handle side, nb::handle block_table, nb::handle slots,
-             nb::handle lengths, nb::handle packed, bool keep) {
-            new (self) CacheArrays(format, keep_first, keep_last, pool, side, block_table, slots,
-                                   lengths, packed, keep ? Lifetime::longer : Lifetime::call);
+             nb::handle lengths, nb::handle packed, nb::handle k_mean, bool keep) {
+            new (self)
+                CacheArrays(format, keep_first, keep_last, pool, side, block_table, slots, lengths,
+                            packed, k_mean, keep ? Lifetime::longer : Lifetime::call);
           },
           "format"_a, nb::kw_only(), "keep_first"_a, "keep_last"_a, "pool"_a.none(),
           "side"_a.none(), "block_table"_a.none(), "slots"_a.none(), "lengths"_a.none(),
-          "packed"_a.none(), "keep"_a = true,
+          "packed"_a.none(), "k_mean"_a.none() = nb::none(), "keep"_a = true,
           "keep = False: used only while the caller holds the arrays and nobody resizes them.")
       .def_prop_ro("device", &CacheArrays::device)
       .def_prop_ro("capacity_tokens", &CacheArrays::capacity_tokens)
@@ -132,14 +140,16 @@ void bind_functions(nb::module_& module) {
       "pack_arrays",
       [](nb::handle k, nb::handle v, nb::handle pool, nb::handle block_table,
          const KvFormat& format, int keep_first, nb::handle first_page, nb::handle leftpad,
-         nb::handle num_tokens, int threads, Stream stream, nb::handle error_word,
-         bool checks_only) {
+         nb::handle num_tokens, nb::handle k_mean, int threads, Stream stream,
+         nb::handle error_word, bool checks_only) {
         pack_arrays(k, v, pool, block_table, format, keep_first, first_page, leftpad, num_tokens,
-                    {.threads = threads, .stream = stream, .checks_only = checks_only}, error_word);
+                    k_mean, {.threads = threads, .stream = stream, .checks_only = checks_only},
+                    error_word);
       },
       "k"_a.none(), "v"_a.none(), "pool"_a.none(), "block_table"_a.none(), nb::kw_only(),
       "format"_a, "keep_first"_a, "first_page"_a.none(), "leftpad"_a.none(), "num_tokens"_a.none(),
-      "threads"_a, "stream"_a.none(), "error_word"_a.none(), "checks_only"_a = false,
+      "k_mean"_a.none() = nb::none(), "threads"_a, "stream"_a.none(), "error_word"_a.none(),
+      "checks_only"_a = false,
       "bitdecoding.pack_pages, with an error word that the caller supplies.");
   module.def(
       "plan_decode",

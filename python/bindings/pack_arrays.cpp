@@ -11,7 +11,8 @@ namespace bitdecoding::python {
 
 void pack_arrays(nb::handle k, nb::handle v, nb::handle pool, nb::handle block_table,
                  const KvFormat& format, int keep_first, nb::handle first_page, nb::handle leftpad,
-                 nb::handle num_tokens, const RunOptions& options, nb::handle error_word) {
+                 nb::handle num_tokens, nb::handle k_mean, const RunOptions& options,
+                 nb::handle error_word) {
   const Array pages(pool, "pool", Access::write);
   pages.expect_bytes().expect_contiguous().expect_address(layout::kSectionAlignment_bytes);
   pages.expect_shape("(num_pages, num_kv_heads, page_bytes)", {kAny, kAny, page_bytes(format)});
@@ -22,6 +23,7 @@ void pack_arrays(nb::handle k, nb::handle v, nb::handle pool, nb::handle block_t
   table.expect_int32().expect_shape("(batch, max_pages)", {batch, kAny});
   table.expect_contiguous().expect_on(pages);
   const std::optional<Array> first = optional_ints(first_page, "first_page", batch, pages);
+  const std::optional<Array> mean = optional_mean(k_mean, pages, format.head_dim);
   const PackProblem problem{.format = format,
                             .keep_first = keep_first,
                             .num_kv_heads = heads,
@@ -32,7 +34,8 @@ void pack_arrays(nb::handle k, nb::handle v, nb::handle pool, nb::handle block_t
                             .num_pages = pages.extent(0),
                             .block_table = static_cast<const std::int32_t*>(table.data()),
                             .max_pages = table.extent(1),
-                            .first_page = data_or_null(first)};
+                            .first_page = data_or_null(first),
+                            .k_mean = mean_or_null(mean)};
   if (pages.device().is_cuda) {
     CudaExecution execution = cuda_execution(pages, options, k);
     std::optional<Array> word;

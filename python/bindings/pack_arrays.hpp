@@ -12,6 +12,6 @@ namespace bitdecoding::python {
 void pack_arrays(nanobind::handle k, nanobind::handle v, nanobind::handle pool,
                  nanobind::handle block_table, const KvFormat& format, int keep_first,
                  nanobind::handle first_page, nanobind::handle leftpad, nanobind::handle num_tokens,
-                 const RunOptions& options, nanobind::handle error_word);
+                 nanobind::handle k_mean, const RunOptions& options, nanobind::handle error_word);
 
 }  // namespace bitdecoding::python

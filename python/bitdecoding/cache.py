@@ -50,6 +50,8 @@ class PagedKvCache:
     keep_first : 0 to page_tokens; first tokens in fp16 (attention sinks)
     keep_last : 0 or more; newest tokens in fp16
     device : 'cpu' (NumPy arrays) or 'cuda', 'cuda:<index>' (torch tensors)
+    k_mean : float16 (H, D), contiguous, 16-byte aligned, on that device; taken from every K on
+        arrival. Results, lse too, are those of the keys as given. Held, not to change. None: none
     workspace : on CUDA, a `Workspace` to share with caches whose calls never overlap in time with
         this one's; None: one of its own
 
@@ -79,6 +81,7 @@ class PagedKvCache:
         keep_first: int = 16,
         keep_last: int = 64,
         device: object = "cpu",
+        k_mean: Array | None = None,
         workspace: Workspace | None = None,
     ) -> None:
         format = as_format(format)
@@ -104,6 +107,7 @@ class PagedKvCache:
             packed=zeros((batch,), "int32", where),
             keep_first=keep_first,
             keep_last=keep_last,
+            k_mean=k_mean,
             max_tokens=max_tokens,
             workspace=workspace,
         )
@@ -121,6 +125,7 @@ class PagedKvCache:
         packed: Array,
         keep_first: int,
         keep_last: int,
+        k_mean: Array | None = None,
         workspace: Workspace | None = None,
     ) -> PagedKvCache:
         """A cache over arrays that the caller owns, without a copy.
@@ -137,7 +142,7 @@ class PagedKvCache:
         slots : int32 (batch,), rows of side
         lengths : int32 (batch,), tokens of each sequence
         packed : int32 (batch,), how many of them are in pages; a multiple of page_tokens
-        workspace : as in the constructor
+        k_mean, workspace : as in the constructor
 
         Sequences may share pages that are packed already. Pages that an append packs and slots
         belong to one sequence each; on a CPU append refuses others (`pack_pages` doesn't look), on
@@ -155,6 +160,7 @@ class PagedKvCache:
             packed=packed,
             keep_first=count("keep_first", keep_first, least=0),
             keep_last=count("keep_last", keep_last, least=0),
+            k_mean=k_mean,
             max_tokens=None,
             workspace=workspace,
         )
@@ -363,6 +369,11 @@ class PagedKvCache:
         return self._state["packed"]
 
     @property
+    def k_mean(self) -> Array | None:
+        """float16 (num_kv_heads, head_dim): what is taken from every K on arrival; None: none."""
+        return self._state["k_mean"]
+
+    @property
     def workspace(self) -> Workspace | None:
         """On CUDA, the memory that calls need besides the cache; not part of `nbytes`."""
         return self._workspace
@@ -370,8 +381,7 @@ class PagedKvCache:
     @property
     def nbytes(self) -> int:
         """Bytes of everything allocated: pages, 16-bit zones and tables, used or not."""
-        arrays = (self.pool, self.side, self.block_table, self.slots, self.lengths, self.packed)
-        return sum(int(array.nbytes) for array in arrays)
+        return sum(int(self._state[name].nbytes) for name in ARRAYS)
 
     def __repr__(self) -> str:
         heads, batch = self.pool.shape[1], self.lengths.shape[0]

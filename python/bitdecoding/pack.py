@@ -19,6 +19,7 @@ def pack_pages(
     first_page: Array | None = None,
     leftpad: Array | None = None,
     num_tokens: Array | None = None,
+    k_mean: Array | None = None,
     threads: int = 0,
     stream: int | None = None,
     check: bool = False,
@@ -39,6 +40,7 @@ def pack_pages(
     format : a `KvFormat` or its canonical name
     keep_first : positions below it don't widen the ranges of channel-axis K groups
     first_page, leftpad, num_tokens : int32 (B,); None: 0, 0, S - leftpad
+    k_mean : float16 (H, D), as in `PagedKvCache`; None: none
     threads : CPU threads; 0: one per hardware thread (on CUDA: 0)
     stream : a cudaStream_t as an int. None: torch's current stream on the tensors' device; needed
         where CUDA arrays are not torch tensors
@@ -60,6 +62,7 @@ def pack_pages(
         first_page=first_page,
         leftpad=leftpad,
         num_tokens=num_tokens,
+        k_mean=k_mean,
         threads=count("threads", threads, least=0),
         stream=given_stream(stream),
         error_word=error_word,

@@ -4,14 +4,15 @@
     from bitdecoding import torch_ops    # registers torch.ops.bitdecoding; nothing else does
 
     append(k, v, *cache, counters, error_word, *zones, max_tokens=None, leftpad=None,
-           num_tokens=None, threads=0)
+           num_tokens=None, threads=0, k_mean=None)
     decode(q, *cache, workspace, error_word, *zones, softmax_scale=None, threads=0,
-           kernel_name=None) -> out, lse
+           kernel_name=None, k_mean=None) -> out, lse
     decode_into(q, out, lse, *cache, workspace, ...)    # the rest as in decode
     pack(k, v, pool, block_table, error_word, format, keep_first=0, first_page=None, leftpad=None,
-         num_tokens=None, threads=0)
+         num_tokens=None, threads=0, k_mean=None)
 
     cache: pool, side, block_table, slots, lengths, packed    zones: format, keep_first, keep_last
+    k_mean: that of the cache, in all its calls
 
 They are `PagedKvCache.append`, its `decode` and `pack_pages`: the same shapes, checks and errors;
 arrays as in `PagedKvCache.wrap`, `format` a canonical name, every argument by place or by name.
@@ -132,6 +133,7 @@ def _arrays(
     keep_first: int,
     keep_last: int,
     tensors: tuple[Any, ...],
+    k_mean: Any,
     workspace: Any = None,
     counters: Any = None,
     error_word: Any = None,
@@ -148,6 +150,7 @@ def _arrays(
         slots=slots,
         lengths=lengths,
         packed=packed,
+        k_mean=k_mean,
         keep=False,
     )
     if arrays.device != "cpu":
@@ -181,11 +184,12 @@ def _append(
     leftpad: Any = None,
     num_tokens: Any = None,
     threads: int = 0,
+    k_mean: Any = None,
     checks_only: bool = False,
 ) -> None:
     tensors = (pool, side, block_table, slots, lengths, packed)
     arrays = _arrays(
-        format, keep_first, keep_last, tensors, counters=counters, error_word=error_word
+        format, keep_first, keep_last, tensors, k_mean, counters=counters, error_word=error_word
     )
     if max_tokens is None:
         max_tokens = arrays.capacity_tokens
@@ -219,11 +223,12 @@ def _decode_into(
     softmax_scale: float | None = None,
     threads: int = 0,
     kernel_name: str | None = None,
+    k_mean: Any = None,
     checks_only: bool = False,
 ) -> None:
     tensors = (pool, side, block_table, slots, lengths, packed)
     arrays = _arrays(
-        format, keep_first, keep_last, tensors, workspace=workspace, error_word=error_word
+        format, keep_first, keep_last, tensors, k_mean, workspace=workspace, error_word=error_word
     )
     if softmax_scale is None:
         softmax_scale = 1 / math.sqrt(_format(format).head_dim)
@@ -257,6 +262,7 @@ def _pack(
     leftpad: Any = None,
     num_tokens: Any = None,
     threads: int = 0,
+    k_mean: Any = None,
     checks_only: bool = False,
 ) -> None:
     pack_arrays(
@@ -269,6 +275,7 @@ def _pack(
         first_page=first_page,
         leftpad=leftpad,
         num_tokens=num_tokens,
+        k_mean=k_mean,
         threads=count("threads", threads, least=0),
         stream=None,
         error_word=error_word,
@@ -343,9 +350,10 @@ _FORMAT = "str format, int keep_first, int keep_last"
 _TABLES = "Tensor block_table, Tensor slots"
 _READ = f"Tensor pool, Tensor side, {_TABLES}, Tensor lengths, Tensor packed"
 _WRITTEN = f"Tensor(a!) pool, Tensor(b!) side, {_TABLES}, Tensor(c!) lengths, Tensor(d!) packed"
-_RUNS = "Tensor? leftpad=None, Tensor? num_tokens=None, int threads=0"
+_MEAN = "Tensor? k_mean=None"
+_RUNS = f"Tensor? leftpad=None, Tensor? num_tokens=None, int threads=0, {_MEAN}"
 _SCRATCH = "Tensor(e!)? workspace, Tensor(f!)? error_word"
-_DECODE = f"{_FORMAT}, float? softmax_scale=None, int threads=0, str? kernel_name=None"
+_DECODE = f"{_FORMAT}, float? softmax_scale=None, int threads=0, str? kernel_name=None, {_MEAN}"
 _TAGS = (
     torch.Tag.pt2_compliant_tag,
     getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),

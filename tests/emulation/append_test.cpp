@@ -133,7 +133,8 @@ class EmulatedCache {
         lengths_(copy(box.lengths)),
         packed_(copy(box.packed)),
         block_table_(box.block_table),
-        slots_(box.slots) {}
+        slots_(box.slots),
+        mean_(box.mean) {}
 
   // Returns the error word.
   std::vector<int> append(const Inputs& inputs, const Step& step, std::mt19937& random) const {
@@ -171,12 +172,14 @@ class EmulatedCache {
     c.packed = packed_.data();
     c.block_table = block_table_.data();
     c.slots = slots_.data();
+    if (!box_.mean.empty()) c.k_mean = reinterpret_cast<const std::uint16_t*>(mean_.data());
     return c;
   }
 
   CacheBox box_;
   GuardedArray<Piece> pool_, side_;
   GuardedArray<std::int32_t> lengths_, packed_, block_table_, slots_;
+  GuardedArray<Piece> mean_;
 };
 
 void check_same(const CacheBox& cpu, const CacheBox& emulated) {
@@ -217,13 +220,15 @@ TEST_CASE("bytes equal the CPU backend's, in steps of any size") {
   std::ranges::shuffle(formats, random);
   formats.resize(48);
   formats.push_back({.v_bits = 2, .k_axis = KAxis::block, .k_group = 32, .v_group = 32});
+  for (const KvFormat& f : rotated_formats()) formats.push_back(f);
   std::vector<int> steps = {1, 1, 17, 64, 129, 330};
   for (const KvFormat& f : formats) {
     random.seed(++seed);
     std::ranges::shuffle(steps, random);
     const Zones zones = kZones[random() % 4];
     const int max_append = random() % 2 == 0 ? 1 : static_cast<int>(random() % 200) + 1;
-    CacheBox box(f, {kBatch, kHeads, 600, zones.first, zones.last, max_append}, seed);
+    const bool has_mean = random() % 3 == 0;
+    CacheBox box(f, {kBatch, kHeads, 600, zones.first, zones.last, max_append, has_mean}, seed);
     const ElementType type = random() % 2 == 0 ? ElementType::f16 : ElementType::bf16;
     INFO(name(f), " seed ", seed, " zones ", zones.first, "/", zones.last, " tail rows ",
          box.cache.tail_tokens);

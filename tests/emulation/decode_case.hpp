@@ -97,7 +97,13 @@ inline KvFormat draw_format(const decode::DecodeConfig& config, Draw& draw) {
   std::erase_if(formats, [&](const KvFormat& f) {
     return !decode::serves(config, f) || decode::has_whole_groups(f) != whole_groups;
   });
-  return draw.one_of(formats);
+  KvFormat f = draw.one_of(formats);
+  if (draw.one_in(2)) {
+    const KvFormat other = draw.one_of(rotated_formats());
+    if (is_legal_rotation(other.k_rotation, f.head_dim)) f.k_rotation = other.k_rotation;
+    if (is_legal_rotation(other.v_rotation, f.head_dim)) f.v_rotation = other.v_rotation;
+  }
+  return f;
 }
 
 // Warps of a CTA: streams of one, two or four.
@@ -142,6 +148,7 @@ inline DecodeCase draw_case(const decode::DecodeConfig& config, Batch batch, Dra
   const bool is_huge = batch == Batch::more_than_lanes_squared;  // little memory for each
   c.shape.keep_first = is_huge || draw.one_in(4) ? 0 : draw.between(1, c.format.page_tokens);
   c.shape.keep_last = is_huge ? 0 : draw.between(0, 90);
+  c.shape.has_mean = draw.one_in(4);
   const bool is_dealt_out = batch == Batch::one_for_many_ctas || batch == Batch::two_for_many_ctas;
   if (is_huge || is_dealt_out) {  // one segment of a sequence
     c.group = draw.between(1, 8);
@@ -256,7 +263,7 @@ class DecodeInputs {
   std::vector<float> largest_value;  // |v| of each sequence
 
  private:
-  // Returns the largest |k|.
+  // Returns the largest |k|, or that of their mean.
   float append(const DecodeCase& c, Draw& draw) {
     TokenArray k(ElementType::f32, c.shape.batch, c.shape.max_tokens, c.shape.heads,
                  c.format.head_dim, draw.one_in(2));
@@ -280,6 +287,9 @@ class DecodeInputs {
     REQUIRE_MESSAGE(status.is_ok(), status.text());
     box.poison_unused();
     float largest_key = 0.f;
+    for (int head = 0; head < c.shape.heads; ++head) {
+      for (const float x : box.mean_of(head)) largest_key = std::max(largest_key, std::abs(x));
+    }
     for (int b = 0; b < c.shape.batch; ++b) {
       largest_key = std::max(largest_key, largest_magnitude(k, c, b));
       largest_value.push_back(largest_read(c.format, largest_magnitude(v, c, b)));

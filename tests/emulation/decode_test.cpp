@@ -46,13 +46,15 @@ std::vector<double> largest_keys(const PagedKvCache& cache, int sequence, int kv
 // How far scores may be off; what is summed over the channels is rounded independently, and 3 times
 // the root of the sum of squares is more than 5 standard deviations. Where K has scales per channel
 // the kernel rounds Q' = q * scale to fp16, by 2^-11 of every product with a code at most; where
-// scales are powers of two, by nothing. Bytes are fixed point besides: q or Q' lose about 2^-15 of
-// the largest at most, times every code.
+// scales are powers of two, by nothing. A query that is rotated is rounded itself, too. Bytes are
+// fixed point besides: q or Q' lose about 2^-15 of the largest at most, times every code.
 std::vector<double> score_errors(const DecodeInputs& inputs, const DecodeCase& c,
                                  decode::Product product) {
   const DecodeProblem& p = inputs.problem;
   const bool per_channel = c.format.k_axis == KAxis::channel;
-  const bool rounds = per_channel && (!c.in_steps || c.format.token_norm);
+  const int rotation = c.format.k_rotation;
+  const bool in_steps = c.in_steps && !c.format.token_norm && rotation == 0 && !c.shape.has_mean;
+  const int roundings = (per_channel && !in_steps ? 1 : 0) + (rotation != 0 ? 1 : 0);
   std::vector<double> errors(inputs.rows());
   for (int b = 0; b < p.cache.batch; ++b) {
     for (int head = 0; head < p.query_heads; ++head) {
@@ -60,12 +62,17 @@ std::vector<double> score_errors(const DecodeInputs& inputs, const DecodeCase& c
       const double largest_key = *std::max_element(keys.begin(), keys.end());
       for (int token = 0; token < p.query_tokens; ++token) {
         double squares = 0., largest = 0.;
+        std::vector<double> query;
         for (int i = 0; i < c.format.head_dim; ++i) {
-          const double q = std::abs(inputs.query(b, token, head, i));
+          query.push_back(inputs.query(b, token, head, i));
+        }
+        query = rotated(query, rotation);
+        for (int i = 0; i < c.format.head_dim; ++i) {
+          const double q = std::abs(query[static_cast<std::size_t>(i)]);
           squares += q * keys[i] * q * keys[i];
           largest = std::max(largest, q * (per_channel ? keys[i] : largest_key));
         }
-        double error = rounds ? 0x1p-11 * std::sqrt(squares) : 0.;
+        double error = roundings * 0x1p-11 * std::sqrt(squares);
         if (product == decode::Product::bytes) {
           error += 0x1p-15 * std::sqrt(c.format.head_dim) * largest;
         }
@@ -138,6 +145,7 @@ Result on_machine(const DecodeInputs& inputs, const DecodeCase& c, Draw& draw) {
   const GuardedArray<std::uint16_t> side(box.side), q(inputs.q);
   const GuardedArray<std::int32_t> block_table(box.block_table), slots(box.slots);
   const GuardedArray<std::int32_t> lengths(box.lengths), packed(box.packed);
+  const GuardedArray<std::uint16_t> k_mean(box.mean);
   DecodeProblem p = inputs.problem;
   p.cache.pool = pool.data();
   p.cache.side = side.data();
@@ -145,6 +153,7 @@ Result on_machine(const DecodeInputs& inputs, const DecodeCase& c, Draw& draw) {
   p.cache.slots = slots.data();
   p.cache.lengths = lengths.data();
   p.cache.packed = packed.data();
+  if (!box.mean.empty()) p.cache.k_mean = k_mean.data();
   p.q = q.data();
   const decode::DecodePlan plan = test::plan<Row>(c);
   const GuardedArray<std::uint8_t> workspace(plan.workspace_bytes);
@@ -206,12 +215,16 @@ void compare(const Result& result, const Expected& expected, const DecodeInputs&
     }
     const double score_error = expected.score_error[row];
     REQUIRE((lse == lse_wanted || std::abs(lse - lse_wanted) <= kLseError + score_error));
-    const double bound = output_bound(score_error, inputs.largest_value[b], p.type);
+    // A rotation keeps the length of a block: of an error all may come together in one channel.
+    const double growth = std::sqrt(std::max(1., double(p.cache.format.v_rotation)));
+    const double bound = output_bound(score_error, growth * inputs.largest_value[b], p.type);
     for (int channel = 0; channel < d; ++channel) {
       // An output beyond 65504 counts as 65504: whether it becomes inf is a matter of one rounding.
-      const double got =
-          std::clamp(widen(out[channel], p.type), -format::kFp16Max, format::kFp16Max);
-      const double want = expected.out[row * d + channel];
+      const auto finite = [](float x) {
+        return std::clamp(x, -format::kFp16Max, format::kFp16Max);
+      };
+      const double got = finite(widen(out[channel], p.type));
+      const double want = finite(expected.out[row * d + channel]);
       if (!(std::abs(got - want) <= bound)) {
         FAIL("channel ", channel, ": ", got, ", expected ", want, " +- ", bound);
       }

@@ -32,14 +32,14 @@ struct EmulatedResult {
 
 template <PageConfig Config>
 EmulatedResult emulate(const PackCase& c, std::mt19937& random) {
-  const GuardedArray<std::uint16_t> k(c.k), v(c.v);
+  const GuardedArray<std::uint16_t> k(c.k), v(c.v), k_mean(c.k_mean);
   const GuardedArray<std::int32_t> leftpad(c.leftpad), num_tokens(c.num_tokens);
   const GuardedArray<std::int32_t> first_page(c.first_page), block_table(c.block_table);
   const GuardedArray<std::uint8_t> pool(c.pool.size());
   const GuardedArray<int> error_word(4);
   std::ranges::copy(c.pool, pool.begin());
   const PackProblem p = c.with(k.data(), v.data(), leftpad.data(), num_tokens.data(),
-                               first_page.data(), block_table.data(), pool.data());
+                               first_page.data(), block_table.data(), k_mean.data(), pool.data());
   const layout::PageRecord record(p.format);
   // CTAs know nothing of each other: one after the other.
   const int ctas = p.runs.row_tokens / p.format.page_tokens * p.num_kv_heads;
@@ -104,7 +104,7 @@ unsigned first_seed() {
 
 TEST_CASE("bytes equal the CPU backend's for every legal format") {
   unsigned seed = first_seed();
-  for (const KvFormat& f : clipped_formats()) {
+  for (const KvFormat& f : all_formats()) {
     ++seed;
     const Family family = Family(seed % (unsigned(Family::last) + 1));
     const ElementType type = seed / 6 % 2 == 0 ? ElementType::f16 : ElementType::bf16;

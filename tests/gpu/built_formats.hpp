@@ -13,7 +13,7 @@ namespace bitdecoding::test {
 
 inline std::vector<KvFormat> built_formats() {
   const std::vector<std::string> kernels = build_info().kernels;
-  std::vector<KvFormat> formats = clipped_formats();
+  std::vector<KvFormat> formats = all_formats();
   std::erase_if(formats, [&](const KvFormat& f) {
     const std::string row = "pack_k" + std::to_string(f.k_bits) + "v" + std::to_string(f.v_bits) +
                             "_" + "ctb"[static_cast<int>(f.k_axis)] + "_d" +

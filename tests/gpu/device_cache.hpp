@@ -16,7 +16,8 @@ class DeviceCache {
         block_table_(box.block_table),
         slots_(box.slots),
         lengths_(box.lengths),
-        packed_(box.packed) {}
+        packed_(box.packed),
+        mean_(box.mean) {}
 
   PagedKvCache view() const {
     PagedKvCache c = box_.cache;
@@ -26,6 +27,7 @@ class DeviceCache {
     c.slots = slots_.data();
     c.lengths = lengths_.data();
     c.packed = packed_.data();
+    if (!box_.mean.empty()) c.k_mean = reinterpret_cast<const std::uint16_t*>(mean_.data());
     return c;
   }
 
@@ -43,6 +45,7 @@ class DeviceCache {
   CacheBox box_;
   DeviceArray<Piece> pool_, side_;
   DeviceArray<std::int32_t> block_table_, slots_, lengths_, packed_;
+  DeviceArray<Piece> mean_;
 };
 
 }  // namespace bitdecoding::test

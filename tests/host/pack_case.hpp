@@ -57,6 +57,7 @@ inline std::vector<std::uint16_t> draw(Family family, ElementType type, int head
 struct PackCase {
   PackProblem problem;  // without pointers
   std::vector<std::uint16_t> k, v;
+  std::vector<std::uint16_t> k_mean;  // (H, D), of every third seed; empty: none
   std::vector<std::int32_t> leftpad{0, 3, 17, 0}, num_tokens{409, 0, 0, 0}, first_page{0, 1, 0, 2};
   std::vector<std::int32_t> block_table = std::vector<std::int32_t>(kRows * kMaxPages);
   std::vector<std::uint8_t> pool;
@@ -65,6 +66,9 @@ struct PackCase {
     std::mt19937 rng(seed);
     k = draw(family, type, f.head_dim, rng);
     v = draw(family, type, f.head_dim, rng);
+    for (int i = 0; seed % 3 == 0 && i < kHeads * f.head_dim; ++i) {
+      k_mean.push_back(format::fp16_from_float(static_cast<float>(rng() % 64) / 8.f - 4.f));
+    }
     num_tokens[1] = f.page_tokens - 1;      // not one page
     num_tokens[2] = 2 * f.page_tokens + 1;  // two, and a rest that is not touched
     num_tokens[3] = 3 * f.page_tokens;
@@ -83,7 +87,8 @@ struct PackCase {
 
   PackProblem with(const std::uint16_t* k, const std::uint16_t* v, const std::int32_t* leftpad,
                    const std::int32_t* num_tokens, const std::int32_t* first_page,
-                   const std::int32_t* block_table, std::uint8_t* pool) const {
+                   const std::int32_t* block_table, const std::uint16_t* k_mean,
+                   std::uint8_t* pool) const {
     PackProblem p = problem;
     p.k.data = k;
     p.v.data = v;
@@ -91,6 +96,7 @@ struct PackCase {
     p.runs.num_tokens = num_tokens;
     p.first_page = first_page;
     p.block_table = block_table;
+    p.k_mean = this->k_mean.empty() ? nullptr : k_mean;
     p.pool = pool;
     return p;
   }
@@ -100,7 +106,7 @@ inline std::vector<std::uint8_t> pack_on_cpu(const PackCase& c) {
   std::vector<std::uint8_t> pool = c.pool;
   const Status status =
       pack_pages(c.with(c.k.data(), c.v.data(), c.leftpad.data(), c.num_tokens.data(),
-                        c.first_page.data(), c.block_table.data(), pool.data()),
+                        c.first_page.data(), c.block_table.data(), c.k_mean.data(), pool.data()),
                  CpuExecution{});
   REQUIRE_MESSAGE(status.is_ok(), status.text());
   return pool;

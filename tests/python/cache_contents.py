@@ -25,7 +25,8 @@ def scattered_cache(
     rng: np.random.Generator,
 ) -> PagedKvCache:
     """An empty cache whose pages and slots lie in random order among unused ones; every byte is
-    0xFF (as fp16: NaN), and so are the ids of pages that no sequence can reach."""
+    0xFF (as fp16: NaN), and so are the ids of pages that no sequence can reach. Where the format
+    rotates K, K has a mean, too."""
     pages = max(0, max_tokens - keep_last) // f.page_tokens
     tail_tokens = oracle.round_up(keep_last + f.page_tokens, 16)
     table = np.full((batch, pages + 2), -1, np.int32)
@@ -33,6 +34,9 @@ def scattered_cache(
     table[:, :pages] = ids.reshape(batch, pages)
     rows = keep_first + tail_tokens
     side = np.full((batch + 2, heads, 2, rows, f.head_dim), 0xFFFF, np.uint16)
+    mean = None
+    if f.k_rotation:
+        mean = (2 * rng.standard_normal((heads, f.head_dim))).astype(np.float16)
     return PagedKvCache.wrap(
         f,
         pool=np.full((batch * pages + 3, heads, f.page_bytes()), 0xFF, np.uint8),
@@ -43,6 +47,7 @@ def scattered_cache(
         packed=np.zeros(batch, np.int32),
         keep_first=keep_first,
         keep_last=keep_last,
+        k_mean=mean,
     )
 
 
@@ -62,7 +67,7 @@ def assert_holds(cache: PagedKvCache, b: int, k: npt.NDArray[Any], v: npt.NDArra
     packed = old_tokens // f.page_tokens * f.page_tokens
     assert (cache.lengths[b], cache.packed[b]) == (length, packed)
 
-    halves = [oracle.to_half(x) for x in (k, v)]
+    halves = [oracle.arrived(k, f.k_rotation, cache.k_mean), oracle.arrived(v, f.v_rotation)]
     pages = oracle.pack(f, halves[0][:packed], halves[1][:packed], keep_first)
     found = cache.pool[cache.block_table[b, : len(pages)]]
     assert np.array_equal(found, pages), f"{f}: pages of sequence {b}, {length} tokens"

@@ -80,6 +80,20 @@ def formats_of(page: Page) -> tuple[KvFormat, ...]:
     return tuple(f for f in found if has_whole_groups(f) or not page.whole_groups)
 
 
+@functools.cache
+def rotated_formats_of(page: Page) -> tuple[KvFormat, ...]:
+    """A few pairs of rotations, each with another format of the page."""
+    pairs = ((128, 128), (64, 0), (0, 64), (16, 64), (64, 16))
+    fitting = [pair for pair in pairs if max(pair) <= page.head_dim]
+    formats = formats_of(page)
+    rotated = []
+    for number, (k, v) in enumerate(fitting):
+        base = formats[(5 * number + 3) % len(formats)]
+        suffix = (f"_kr{k}" if k else "") + (f"_vr{v}" if v else "")
+        rotated.append(KvFormat.parse(str(base) + suffix))
+    return tuple(rotated)
+
+
 PAGES = sorted({Page.of_format(f) for f in cuda_formats()}, key=repr)
 
 
@@ -164,6 +178,7 @@ def build_many(contents: Contents, queries: tuple[Queries, ...], times: int) -> 
         **arrays,
         keep_first=contents.keep_first,
         keep_last=contents.keep_last,
+        k_mean=one.cache.k_mean,
     )
     cases = []
     for case in one.cases:
@@ -248,16 +263,18 @@ def on_device(cache: PagedKvCache, device: str) -> PagedKvCache:
     import torch
 
     arrays = {name: torch.from_numpy(getattr(cache, name)).to(device) for name in ARRAYS}
+    mean = None if cache.k_mean is None else torch.from_numpy(cache.k_mean).to(device)
     return PagedKvCache.wrap(
-        cache.format, **arrays, keep_first=cache.keep_first, keep_last=cache.keep_last
+        cache.format, **arrays, keep_first=cache.keep_first, keep_last=cache.keep_last, k_mean=mean
     )
 
 
 def on_host(cache: PagedKvCache) -> PagedKvCache:
     """A NumPy copy of a cache."""
     arrays: dict[str, Any] = {name: np.array(_numpy(getattr(cache, name))) for name in ARRAYS}
+    mean = None if cache.k_mean is None else np.array(_numpy(cache.k_mean))
     return PagedKvCache.wrap(
-        cache.format, **arrays, keep_first=cache.keep_first, keep_last=cache.keep_last
+        cache.format, **arrays, keep_first=cache.keep_first, keep_last=cache.keep_last, k_mean=mean
     )
 
 

@@ -4,7 +4,8 @@
 Of a call's whole output the error's norm is at most RELATIVE of the output's norm; no element is
 off by more than WORST of its row's root mean square; no lse by more than LSE. To each is added
 
-- what rounding Q' = q * scale to fp16 can do where K has scales per channel. A product is off by
+- what rounding Q' = q * scale to fp16 can do where K has scales per channel, and q itself where it
+  is rotated. A product is off by
   at most 2^-11 of itself (2^-12 to 2^-11, as its leading digits are), so a score by at most
   d = 2^-11 * sum |q * scale * code| * |softmax_scale|. Weights w then change by factors between
   exp(-d) and exp(d), and since sum w (v - out) = 0, an output moves by at most
@@ -35,8 +36,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from oracle import Doubles
-from oracle_attention import Attended
+from oracle import Doubles, hadamard
+from oracle_attention import Attended, block_norms, mean_scores
 
 RELATIVE = {"float16": 1e-3, "bfloat16": 4e-3}
 WORST = 1e-2
@@ -93,6 +94,8 @@ def _attention(
         none = np.zeros(empty.shape)
         return zero, empty, zero, none, zero, none
     ratio = heads // kv_heads
+    mean_lse = softmax_scale * mean_scores(q, tokens)
+    q = hadamard(q, tokens.k_rotation)
     # columns of a KV head: (H, ratio * Sq, D)
     columns = q.reshape(queries, kv_heads, ratio, channels).transpose(1, 2, 0, 3)
     columns = columns.reshape(kv_heads, ratio * queries, channels)
@@ -114,6 +117,8 @@ def _attention(
         largest = np.abs(columns).max(axis=2, keepdims=True) * scales * SUBNORMAL_ALIGNMENT
         error += MMA_CUT * channels / MMA_CHANNELS * largest
     size = np.abs(columns)
+    if tokens.k_rotation:
+        error += ROUNDING * (size @ terms)
     if rounded:  # Q' = q * scale, and a code is the product's share of its channel's largest
         fixed = channels * np.max(size * products.max(axis=2)[:, None, :], axis=2, keepdims=True)
     else:
@@ -124,14 +129,16 @@ def _attention(
         if cancels:
             v_products = tokens.v_products.transpose(1, 0, 2)  # (H, L, D)
             out_bound = out_bound + ROUNDING * np.sqrt(weights**2 @ v_products**2)
-        bounds += (out_bound, lse_bound)
+        bounds += (block_norms(out_bound, tokens.v_rotation), lse_bound)
+    out = hadamard(out, tokens.v_rotation)
 
     def of_heads(x: Doubles) -> Doubles:
         """(H, columns, ..) -> (Hq, Sq, ..); outputs (Sq, Hq, D)"""
         x = x.reshape(heads, queries, *x.shape[2:])
         return x.swapaxes(0, 1) if x.ndim == 3 else x
 
-    return tuple(of_heads(x) for x in (out, lse, *bounds))
+    out, lse, *bounds = (of_heads(x) for x in (out, lse, *bounds))
+    return out, lse + mean_lse, *bounds
 
 
 def _bounds(weights: Doubles, error: Doubles, v: Doubles, out: Doubles) -> tuple[Doubles, Doubles]:

@@ -34,6 +34,30 @@ def to_half(values: npt.NDArray[Any]) -> Halves:
     return np.where(np.isnan(exact), NAN16, halves)
 
 
+def arrived(x: npt.NDArray[Any], rotation: int, mean: npt.NDArray[Any] | None = None) -> Halves:
+    """K or V (..., H, D) as a cache holds it: fp16, less mean (H, D), rotated; float32 between."""
+    exact = to_half(x).astype(np.float32)
+    if mean is not None:
+        exact = exact - np.asarray(mean).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        return to_half(hadamard(exact, rotation))
+
+
+def hadamard(x: npt.NDArray[Any], block: int) -> npt.NDArray[Any]:
+    """H of every `block` channels of x (..., D), in the type of x; block = 0: x."""
+    if block == 0:
+        return x
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
+    distance = 1
+    while distance < block:
+        pairs = blocks.reshape(*blocks.shape[:-1], block // (2 * distance), 2, distance)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        blocks = np.stack([a + b, a - b], axis=-2).reshape(blocks.shape)
+        distance *= 2
+    scale: Any = x.dtype.type(1 / np.sqrt(block))
+    return np.reshape(blocks * scale, x.shape)
+
+
 def doubles(values: npt.NDArray[Any]) -> Doubles:
     return np.asarray(values, np.float64)
 
@@ -397,7 +421,8 @@ def read_page(f: KvFormat, record: Bytes) -> Page:
 
 
 def pack(f: KvFormat, k: Halves, v: Halves, first_tokens: int = 0) -> Bytes:
-    """The whole pages of k, v (T, H, D), from a page boundary on -> (pages, H, page_bytes)."""
+    """The whole pages of k, v (T, H, D), as they have arrived, from a page boundary on ->
+    (pages, H, page_bytes)."""
     tokens, heads, channels = k.shape
     pages = tokens // f.page_tokens
     shape = (pages, f.page_tokens, heads, channels)

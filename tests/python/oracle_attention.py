@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from oracle import Doubles, Floats, doubles, read_page
+from oracle import Doubles, Floats, doubles, hadamard, read_page
 
 from bitdecoding import KvFormat
 
 
 @dataclass
 class Attended:
-    """What one sequence attends to, (L, H, D), and the terms that errors are relative to."""
+    """What one sequence attends to, (L, H, D), and the terms that errors are relative to. All but
+    the mean as the cache holds it: rotated, and less the mean."""
 
     k: Doubles
     v: Doubles
@@ -23,6 +25,9 @@ class Attended:
     k_products: Doubles  # code * scale of tokens in pages, 0 of those in the zones
     v_products: Doubles
     k_scales: Doubles
+    k_mean: Doubles | None = None  # (H, D)
+    k_rotation: int = 0
+    v_rotation: int = 0
 
 
 def attended(cache: Any, b: int) -> Attended:
@@ -61,7 +66,27 @@ def attended(cache: Any, b: int) -> Attended:
         np.concatenate([0 * head_k, of_pages(page.key_products()), 0 * tail_k]),
         np.concatenate([0 * head_v, of_pages(page.value_products()), 0 * tail_v]),
         np.concatenate([0 * head_k, of_pages(doubles(page.k_scale)), 0 * tail_k]),
+        None if cache.k_mean is None else doubles(cache.k_mean),
+        f.k_rotation,
+        f.v_rotation,
     )
+
+
+def block_norms(x: Doubles, block: int) -> Doubles:
+    """Of every channel of x (..., D) the norm of its block, which rotations keep: what an error
+    may be in one channel. block = 0: |x|."""
+    if block == 0:
+        return np.abs(x)
+    squares = np.sum(x.reshape(*x.shape[:-1], -1, block) ** 2, axis=-1, keepdims=True)
+    return np.reshape(np.repeat(np.sqrt(squares), block, axis=-1), x.shape)
+
+
+def mean_scores(q: Floats, tokens: Attended) -> Doubles:
+    """(Hq, Sq): what the mean adds to all scores of q (Sq, Hq, D), but for the softmax scale."""
+    if tokens.k_mean is None:
+        return np.zeros(q.shape[1::-1])
+    mean = np.repeat(tokens.k_mean, q.shape[1] // len(tokens.k_mean), axis=0)
+    return doubles(np.einsum("shd,hd->hs", q.astype(float), mean))
 
 
 @dataclass
@@ -72,6 +97,11 @@ class Attention:
     lse: Doubles  # (Hq, Sq)
     out_budget: Doubles  # (Sq, Hq, D), without the rounding to the output's type
     lse_budget: Doubles  # (Hq, Sq)
+
+
+def _mean_size(x: Doubles, block: int) -> Doubles:
+    """The root mean square of the block: what roundings within a rotation are relative to."""
+    return block_norms(x, block) / math.sqrt(block or 1)
 
 
 EPSILON = 2.0**-24  # half a unit in the last place of float32
@@ -95,10 +125,11 @@ def attention(q: Floats, tokens: Attended, softmax_scale: float) -> Attention:
         empty = np.full((heads, queries), -np.inf)
         return Attention(zero, empty, zero, np.zeros_like(empty))
     ratio = heads // kv_heads
-    exact = q.astype(float)
+    exact = hadamard(q.astype(float), tokens.k_rotation)
     spread = [np.repeat(x, ratio, axis=1) for x in (tokens.k, tokens.k_terms)]
     scores = np.einsum("shd,thd->hst", exact, spread[0]) * softmax_scale  # (Hq, Sq, L)
-    terms = np.einsum("shd,thd->hst", np.abs(exact), spread[1]) * abs(softmax_scale)
+    size = np.maximum(np.abs(exact), _mean_size(exact, tokens.k_rotation))
+    terms = np.einsum("shd,thd->hst", size, spread[1]) * abs(softmax_scale)
     top = scores.max(axis=-1, keepdims=True)
     weights = np.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
@@ -114,5 +145,10 @@ def attention(q: Floats, tokens: Attended, softmax_scale: float) -> Attention:
     by_token = np.einsum("hst,thd->shd", weights * score_error, v_terms)
     sums = rounding(length + 32)
     out_budget = by_token + (worst.T[..., None] + 2 * sums) * magnitude
+    if tokens.v_rotation:
+        out_budget += rounding(8) * _mean_size(out, tokens.v_rotation)
+        out_budget = block_norms(out_budget, tokens.v_rotation)
+        out = hadamard(out, tokens.v_rotation)
+    lse += softmax_scale * mean_scores(q, tokens)
     lse_budget = worst + sums + 4 * EPSILON * np.abs(lse)
     return Attention(out, lse, 1.1 * out_budget, 1.1 * lse_budget)  # second order: a tenth

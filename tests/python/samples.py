@@ -16,7 +16,7 @@ Floats32 = npt.NDArray[np.float32]
 
 
 def legal_formats() -> list[KvFormat]:
-    """Every format that KvFormat accepts, without clips."""
+    """Every format that KvFormat accepts, without rotations and clips, which move no byte."""
     formats = []
     for k_bits, v_bits, axis, k_group, v_group, page, channels, norm in itertools.product(
         (2, 4), (2, 4), ("channel", "token"), (32, 64, 128), (32, 64, 128), (64, 128),
@@ -59,6 +59,20 @@ def cuda_formats() -> list[KvFormat]:
     return [f for f in clipped_formats() if f.head_dim < 256 or has_kernels(f)]
 
 
+def rotated_formats() -> list[KvFormat]:
+    """Every pair of rotations but none and none, each with another format."""
+    rotations = (0, 16, 64, 128)
+    formats = legal_formats()
+    rotated = []
+    for number, (k, v, channels) in enumerate(itertools.product(rotations, rotations, (64, 128))):
+        if max(k, v) > channels or max(k, v) == 0:
+            continue
+        base = [str(f) for f in formats if f.head_dim == channels]
+        suffix = (f"_kr{k}" if k else "") + (f"_vr{v}" if v else "")
+        rotated.append(KvFormat.parse(base[number * 37 % len(base)] + suffix))
+    return rotated
+
+
 # A few that differ in everything, for tests with many cases of their own.
 FORMATS = [
     KvFormat.parse(name)
@@ -73,6 +87,8 @@ FORMATS = [
         "k4v2_b32_v32_p128_d128",
         "k2v4_b32_v32_p64_d64",
         "k4v2_c64_v32_p128_d256",
+        "k2v4_c64_v32_p128_d128_norm_kr128_vr64",
+        "k4v2_t64_v64_p64_d64_kr16_vr64",
     )
 ]
 

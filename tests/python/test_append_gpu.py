@@ -19,7 +19,7 @@ from cuda_kernels import DEVICES
 from decode_inputs import PAGES, formats_of, on_device, on_host, rng_of
 from half_budget import assert_close, expect
 from oracle_attention import attended
-from samples import FAMILIES, FORMATS, clipped_formats, cuda_formats, mixed
+from samples import FAMILIES, FORMATS, clipped_formats, cuda_formats, mixed, rotated_formats
 from test_append import boundaries
 
 from bitdecoding import KvFormat, PagedKvCache
@@ -124,7 +124,8 @@ ZONES = ((16, 64), (0, 0), (5, 30), (50, 200), (64, 1))
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_format_after_random_steps(torch: Any, device: str) -> None:
     """Every sequence is of another family, NaN, inf and subnormals among them."""
-    for i, f in enumerate(cuda_formats() if device == "cuda" else clipped_formats()[::29]):
+    formats = cuda_formats() if device == "cuda" else clipped_formats()[::29]
+    for i, f in enumerate(formats + rotated_formats()):
         rng = rng_of("steps", f)
         pair = twins(f, len(FAMILIES), 2, ZONES[i % len(ZONES)], device)
         for step, most in enumerate((300, 1, 7, 150, 64)):

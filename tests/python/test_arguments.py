@@ -280,6 +280,18 @@ BAD_WRAPS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"keep_first": "4"}, TypeError, ["keep_first = '4'", "int"]),
     ({"format": 5}, TypeError, ["format = 5", "KvFormat"]),
     ({"keep_last": 17}, ValueError, ["tail_tokens = 80", "96 or more"]),
+    ({"k_mean": np.zeros((H, 64), np.float32)}, TypeError, ["k_mean: dtype = float32"]),
+    ({"k_mean": np.zeros((H, 32), np.float16)}, ValueError, ["k_mean: shape = (2, 32)", "(2, 64)"]),
+    (
+        {"k_mean": np.zeros((H, 128), np.float16)[:, ::2]},
+        ValueError,
+        ["k_mean: strides = (128, 2)", "contiguous"],
+    ),
+    (
+        {"k_mean": np.zeros(H * 64 + 1, np.float16)[1:].reshape(H, 64)},
+        ValueError,
+        ["k_mean address = ", "multiples of 16"],
+    ),
 ]
 
 
@@ -297,6 +309,7 @@ BAD_FORMATS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"k_axis": 1}, TypeError, ["k_axis = 1", "'channel', 'token', 'block'"]),
     ({"k_axis": "head"}, ValueError, ["k_axis = 'head'", "'channel', 'token', 'block'"]),
     ({"token_norm": 2}, TypeError, ["token_norm = 2", "bool"]),
+    ({"k_rotation": True}, ValueError, ["k_rotation = 1", "0, 16, 64, 128"]),
     ({"bits": 4}, TypeError, ["bits = 4", "k_bits, v_bits"]),
 ]
 

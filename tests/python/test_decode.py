@@ -203,6 +203,41 @@ def test_one_wrong_bit_exceeds_the_budget(section: str, rng: np.random.Generator
     assert_attends(cache, q, cache.decode(q))
 
 
+def test_sixteen_bit_tokens_do_not_depend_on_rotations(rng: np.random.Generator) -> None:
+    """Only the rounding of K' and V' to fp16 differs; lse is that of the keys as given."""
+    k, v = rng.standard_normal((2, 2, 300, 2, 128)).astype(np.float16)
+    q = rng.standard_normal((2, 2, 6, 128)).astype(np.float32)
+    mean = (3 * rng.standard_normal((2, 128))).astype(np.float16)
+    results = []
+    for suffix, k_mean in (("", None), ("_kr128_vr64", None), ("_kr16", mean), ("_vr128", mean)):
+        f = KvFormat.parse("k4v4_c128_v128_p128_d128" + suffix)
+        cache = PagedKvCache(
+            f, batch=2, num_kv_heads=2, max_tokens=300, keep_last=300, k_mean=k_mean
+        )
+        cache.append(k, v)
+        results.append(cache.decode(q, return_softmax_lse=True))
+    for out, lse in results[1:]:
+        assert np.max(np.abs(out - results[0][0])) < 2e-3
+        assert np.max(np.abs(lse - results[0][1])) < 2e-3
+
+
+def test_rotations_make_outlier_channels_cheap(rng: np.random.Generator) -> None:
+    k, v = (family("outliers", (1, 512, 1, 128), rng) / 10 for _ in range(2))
+    q = rng.standard_normal((1, 1, 4, 128)).astype(np.float32)
+    errors = []
+    for suffix in ("", "_kr128_vr128"):
+        f = KvFormat.parse("k4v4_t128_v128_p128_d128" + suffix)
+        outputs = []
+        for keep_last in (0, 512):
+            cache = PagedKvCache(
+                f, batch=1, num_kv_heads=1, max_tokens=512, keep_first=0, keep_last=keep_last
+            )
+            cache.append(k, v)
+            outputs.append(cache.decode(q, softmax_scale=0.01))
+        errors.append(np.linalg.norm(outputs[0] - outputs[1]))
+    assert errors[1] < 0.7 * errors[0]
+
+
 def test_no_queries_and_no_sequences() -> None:
     f = FORMATS[0]
     cache = PagedKvCache(f, batch=2, num_kv_heads=2, max_tokens=10)

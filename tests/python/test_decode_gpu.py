@@ -31,6 +31,7 @@ from decode_inputs import (
     on_device,
     on_host,
     rng_of,
+    rotated_formats_of,
     shape_cases,
 )
 from half_budget import SUMMARY, assert_close
@@ -92,6 +93,11 @@ class TestEveryKernel:
         cases = [case for f in formats for case in format_cases(f)]
         check_all(cases, "cuda", kernel, "every format")
 
+    def test_rotations(self, torch: Any, kernel: str) -> None:
+        formats = rotated_formats_of(Page.of_kernel(kernel))
+        cases = [case for f in formats for case in format_cases(f)]
+        check_all(cases, "cuda", kernel, "rotations")
+
     def test_shapes(self, torch: Any, kernel: str) -> None:
         check_all(shape_cases(Page.of_kernel(kernel)), "cuda", kernel, "shapes")
 
@@ -107,6 +113,8 @@ class TestEveryKernel:
 def test_cases_and_budgets_on_a_cpu(torch: Any, page: Page) -> None:
     cases = [case for f in formats_of(page)[::5] for case in format_cases(f)]
     check_all(cases, "cpu", None, "cpu: every format")
+    cases = [case for f in rotated_formats_of(page) for case in format_cases(f)]
+    check_all(cases, "cpu", None, "cpu: rotations")
     check_all(shape_cases(page), "cpu", None, "cpu: shapes")
     check_all(family_cases(page), "cpu", None, "cpu: family {}")
     check_all(many_cases(page), "cpu", None, "cpu: much work", 2)

@@ -9,7 +9,7 @@ from typing import Any
 
 import oracle
 import pytest
-from samples import clipped_formats, legal_formats
+from samples import clipped_formats, legal_formats, rotated_formats
 
 from bitdecoding import KvFormat
 
@@ -22,13 +22,15 @@ FIELDS = (
     "page_tokens",
     "head_dim",
     "token_norm",
+    "k_rotation",
+    "v_rotation",
     "k_clip",
     "v_clip",
 )
 
 
 def test_every_legal_format_round_trips() -> None:
-    formats = legal_formats() + clipped_formats()
+    formats = legal_formats() + clipped_formats() + rotated_formats()
     assert len(set(formats)) == len(formats) == len({str(f) for f in formats})
     for f in formats:
         again = KvFormat(**{field: getattr(f, field) for field in FIELDS})
@@ -40,7 +42,7 @@ def test_every_legal_format_round_trips() -> None:
 
 
 def test_page_bytes_follow_the_format_page() -> None:
-    for f in legal_formats():
+    for f in legal_formats() + rotated_formats():
         assert f.page_bytes() == oracle.page_bytes(f), str(f)
         bits = 8 * f.page_bytes() / (2 * f.page_tokens * f.head_dim)
         assert f.bits_per_element == pytest.approx(bits, rel=1e-15)
@@ -58,8 +60,10 @@ def test_name_says_everything() -> None:
         page_tokens=64,
         head_dim=64,
         token_norm=True,
+        v_rotation=16,
+        k_rotation=64,
     )
-    assert str(f) == "k2v4_t32_v64_p64_d64_norm"
+    assert str(f) == "k2v4_t32_v64_p64_d64_norm_kr64_vr16"
     blocks = KvFormat(v_bits=2, k_axis="block", k_group=32, v_group=32)
     assert str(blocks) == "k4v2_b32_v32_p128_d128"
     assert blocks.bits_per_element == 3.25
@@ -108,6 +112,8 @@ def test_fields_cannot_be_set(field: str) -> None:
         ({"k_clip": 49}, "k_clip = 49", "50 to 100"),
         ({"v_clip": 101}, "v_clip = 101", "50 to 100"),
         ({"v_clip": 85, "k_axis": "block", "k_group": 32, "v_group": 32}, "v_clip = 85", "100"),
+        ({"k_rotation": 32}, "k_rotation = 32", "0, 16, 64, 128 channels"),
+        ({"v_rotation": 128, "head_dim": 64, "v_group": 64}, "v_rotation = 128", "head_dim"),
     ],
 )
 def test_illegal_fields_are_named(fields: dict[str, Any], wrong: str, allowed: str) -> None:

@@ -66,7 +66,7 @@ def test_worked_example(example: str) -> None:
 
 
 def test_examples_were_found() -> None:
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
 
 
 def test_reading_inverts_writing(rng: np.random.Generator) -> None:

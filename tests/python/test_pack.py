@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import oracle
 import pytest
-from samples import FAMILIES, FORMATS, family, clipped_formats, mixed
+from samples import FAMILIES, FORMATS, clipped_formats, family, mixed, rotated_formats
 
 from bitdecoding import KvFormat, pack_pages
 
@@ -22,9 +22,11 @@ def assert_pages(
     pages: npt.NDArray[np.int32],
     first_tokens: int = 0,
     note: str = "",
+    mean: npt.NDArray[np.float16] | None = None,
 ) -> None:
     """k, v (T, H, D): the pages of `pool` that they fill hold the oracle's bytes."""
-    expected = oracle.pack(f, oracle.to_half(k), oracle.to_half(v), first_tokens)
+    k, v = oracle.arrived(k, f.k_rotation, mean), oracle.arrived(v, f.v_rotation)
+    expected = oracle.pack(f, k, v, first_tokens)
     found = pool[pages[: len(expected)]]
     differing = np.argwhere(found != expected)
     if len(differing) > 0:
@@ -37,7 +39,7 @@ def assert_pages(
 
 @pytest.mark.parametrize("axis", ["channel", "token", "block"])
 def test_every_format(axis: str, rng: np.random.Generator) -> None:
-    for f in clipped_formats():
+    for f in [*clipped_formats(), *rotated_formats()]:
         if f.k_axis != axis:
             continue
         tokens = 2 * f.page_tokens + 7
@@ -45,9 +47,11 @@ def test_every_format(axis: str, rng: np.random.Generator) -> None:
         pool = np.full((2 * len(k), 1, f.page_bytes()), 0xA5, np.uint8)
         table = rng.permutation(len(pool)).astype(np.int32).reshape(len(k), 2)
         keep_first = int(rng.integers(f.page_tokens + 1))
-        pack_pages(k, v, pool, table, format=f, keep_first=keep_first)
+        mean = rng.standard_normal((1, f.head_dim)).astype(np.float16) if keep_first % 2 else None
+        pack_pages(k, v, pool, table, format=f, keep_first=keep_first, k_mean=mean)
         for b, kind in enumerate(FAMILIES):
-            assert_pages(f, k[b], v[b], pool, table[b], keep_first, f"{kind} F={keep_first}")
+            note = f"{kind} F={keep_first}"
+            assert_pages(f, k[b], v[b], pool, table[b], keep_first, note, mean)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import FAMILIES, FORMATS, cuda_formats, mixed
+from samples import FAMILIES, FORMATS, cuda_formats, mixed, rotated_formats
 
 from bitdecoding import KvFormat, PagedKvCache, pack_pages
 
@@ -42,6 +42,8 @@ class Pack:
             "leftpad": ints(pads),
             "num_tokens": ints(counts),
         }
+        if f.k_rotation:
+            self.tables["k_mean"] = rng.standard_normal((H, f.head_dim)).astype(np.float16)
 
     def on_cpu(self) -> Any:
         pool = self.pool.copy()
@@ -74,7 +76,7 @@ def test_every_format_has_the_cpus_bytes(
     x = values(torch, head_dim, rng, dtype)
     k, v = x.cuda()
     wrong = []
-    for f in cuda_formats():
+    for f in [*cuda_formats(), *rotated_formats()]:
         if f.head_dim != head_dim:
             continue
         pack = Pack(f, x, rng)

@@ -73,11 +73,33 @@ def test_pack_of_the_package() -> None:
     assert bool(pools[0].any())
 
 
+def test_a_mean_of_k_and_rotations() -> None:
+    f = f"{F}_kr64_vr16"
+    mean = torch.randn(H, F.head_dim).half()
+    sizes: dict[str, Any] = {"batch": B, "num_kv_heads": H, "max_tokens": 700}
+    theirs = PagedKvCache(f, **sizes, keep_last=10, k_mean=mean)
+    ours = OpCache.of(PagedKvCache(f, **sizes, keep_last=10, k_mean=mean), H * GROUP)
+    k, v, counts, q = inputs(8, 300)
+    theirs.append(k, v, num_tokens=counts)
+    expected, expected_lse = theirs.decode(q, return_softmax_lse=True)
+    out, lse = ours.step(k, v, counts, q)
+    assert contents(ours.cache) == contents(theirs)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    pools = [torch.zeros(6, H, F.page_bytes(), dtype=torch.uint8) for _ in range(2)]
+    table = torch.arange(6, dtype=torch.int32).view(B, 3)
+    torch_ops.pack(k, v, pools[0], table, None, f, k_mean=mean)
+    pack_pages(k, v, pools[1], table, format=f, k_mean=mean)
+    assert torch.equal(*pools)
+
+
 def arguments_of(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     ours = filled()
     k, v, counts, q = inputs(5, 128)
     if name == "append":
-        return (k, v), {**ours.append_arguments(), "num_tokens": counts, "max_tokens": 700}
+        mean = torch.zeros(H, F.head_dim, dtype=torch.float16)
+        runs = {"num_tokens": counts, "max_tokens": 700, "k_mean": mean}
+        return (k, v), {**ours.append_arguments(), **runs}
     if name == "pack":
         tensors = torch_ops.tensors_of(ours.cache)
         return (k, v, tensors["pool"], tensors["block_table"][:, :1].clone(), None), {

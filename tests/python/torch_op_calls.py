@@ -7,6 +7,8 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from bitdecoding import PagedKvCache, torch_ops
 
 
@@ -34,8 +36,10 @@ class OpCache:
     def state(self) -> dict[str, Any]:
         """What all operators but pack take, by name. The same tensors each time: torch.compile
         doesn't see that two made of one NumPy array share memory."""
+        mean = self.cache.k_mean
         return {
             **torch_ops.tensors_of(self.cache),
+            "k_mean": None if mean is None else torch.as_tensor(mean),
             "error_word": self.scratch.error_word,
             "format": str(self.cache.format),
             "keep_first": self.cache.keep_first,

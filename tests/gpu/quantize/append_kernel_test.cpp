@@ -196,20 +196,28 @@ TEST_CASE("bytes equal the CPU's for every legal format that has kernels, in ste
     std::shuffle(steps.begin(), steps.end(), random);
     const Zones zones = kZones[random() % 4];
     const int max_append = random() % 2 == 0 ? 1 : static_cast<int>(random() % 200) + 1;
-    CacheBox box(f, {kBatch, kHeads, 1800, zones.first, zones.last, max_append}, seed);
+    const bool has_mean = seed % 5 == 0;
+    CacheBox box(f, {kBatch, kHeads, 1800, zones.first, zones.last, max_append, has_mean}, seed);
     INFO(name(f), " seed ", seed, " zones ", zones.first, "/", zones.last, " tail rows ",
          box.cache.tail_tokens);
     check_steps(box, inputs[random() % 2][f.head_dim / 128], steps, random);
   }
 }
 
-TEST_CASE("token by token over several pages, every zone and both types") {
+TEST_CASE(
+    "token by token over several pages, every zone, plain fp16 and bf16 that is transformed") {
   for (const ElementType type : {ElementType::f16, ElementType::bf16}) {
     const Inputs inputs(type, 128);
     for (const Zones& zones : kZones) {
       const int page_tokens = type == ElementType::f16 ? 128 : 64;
-      const KvFormat f{.v_bits = 2, .k_group = 64, .v_group = 64, .page_tokens = page_tokens};
-      CacheBox box(f, {kBatch, kHeads, 600, zones.first, zones.last});
+      const bool changes = type == ElementType::bf16;
+      const KvFormat f{.v_bits = 2,
+                       .k_group = 64,
+                       .v_group = 64,
+                       .page_tokens = page_tokens,
+                       .k_rotation = changes ? 128 : 0,
+                       .v_rotation = changes ? 64 : 0};
+      CacheBox box(f, {kBatch, kHeads, 600, zones.first, zones.last, 1, changes});
       INFO("zones ", zones.first, "/", zones.last, " pages of ", page_tokens);
       std::mt19937 random(7);
       check_steps(box, inputs, std::vector<int>(420, 1), random);

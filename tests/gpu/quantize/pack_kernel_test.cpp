@@ -25,12 +25,13 @@ struct DeviceResult {
 DeviceResult pack_on_device(const PackCase& c) {
   const DeviceArray k(c.k), v(c.v);
   const DeviceArray leftpad(c.leftpad), num_tokens(c.num_tokens), first_page(c.first_page);
-  const DeviceArray block_table(c.block_table);
+  const DeviceArray block_table(c.block_table), k_mean(c.k_mean);
   const DeviceArray pool(c.pool);
   const DeviceArray error_word(std::vector<int>(4, 0));
-  const Status status = pack_pages(c.with(k.data(), v.data(), leftpad.data(), num_tokens.data(),
-                                          first_page.data(), block_table.data(), pool.data()),
-                                   CudaExecution{.error_word = error_word.data()});
+  const Status status =
+      pack_pages(c.with(k.data(), v.data(), leftpad.data(), num_tokens.data(), first_page.data(),
+                        block_table.data(), k_mean.data(), pool.data()),
+                 CudaExecution{.error_word = error_word.data()});
   REQUIRE_MESSAGE(status.is_ok(), status.text());
   return {pool.host(), error_word.host()};
 }
@@ -105,7 +106,7 @@ TEST_CASE("a run outside its row writes nothing of the sequence and is reported"
 TEST_CASE("what the host can see is refused before anything is launched") {
   const PackCase c({}, Family::normal, ElementType::f16, 0, 3);
   PackProblem p = c.with(c.k.data(), c.v.data(), nullptr, nullptr, nullptr, c.block_table.data(),
-                         const_cast<std::uint8_t*>(c.pool.data()));
+                         nullptr, const_cast<std::uint8_t*>(c.pool.data()));
   p.k.type = ElementType::f32;
   CHECK(pack_pages(p, CudaExecution{}).text() ==
         "k dtype = float32; allowed on a CUDA device: float16, bfloat16");

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bitdecoding/format/quantizer.hpp"
+#include "bitdecoding/format/rotation.hpp"
 #include "bitdecoding/layout/packed_kv_tensor.hpp"
 
 namespace bitdecoding::test {
@@ -18,18 +19,31 @@ inline float example_v(int token, int channel) {
   return static_cast<float>((7 * token + 31 * channel + 3 * token * channel) % 127 - 63) / 16;
 }
 
+// Values (P,D) as they arrive.
+inline std::vector<float> arrived(const KvFormat& f, int rotation, auto&& value) {
+  std::vector<float> rows;
+  for (int token = 0; token < f.page_tokens; ++token) {
+    std::vector<std::uint16_t> row;
+    for (int channel = 0; channel < f.head_dim; ++channel) {
+      row.push_back(format::fp16_from_float(value(token, channel)));
+    }
+    format::transform({rotation, nullptr}, row.data(), f.head_dim);
+    for (const std::uint16_t bits : row) rows.push_back(format::float_from_fp16(bits));
+  }
+  return rows;
+}
+
 // K as it is coded; stores the norms where the format has them.
 template <class Page>
 std::vector<float> coded_k(const KvFormat& f, const Page& page) {
-  std::vector<float> k;  // (P,D)
-  for (int token = 0; token < f.page_tokens; ++token) {
-    const auto norm =
-        format::token_norm([&](int channel) { return example_k(token, channel); }, f.head_dim);
-    if (f.token_norm) page.token_norms()(token) = cutlass::half_t::bitcast(norm);
+  std::vector<float> k = arrived(f, f.k_rotation, example_k);  // (P,D)
+  for (int token = 0; f.token_norm && token < f.page_tokens; ++token) {
+    float* row = &k[token * f.head_dim];
+    const auto norm = format::token_norm([&](int channel) { return row[channel]; }, f.head_dim);
+    page.token_norms()(token) = cutlass::half_t::bitcast(norm);
     for (int channel = 0; channel < f.head_dim; ++channel) {
-      const std::uint16_t bits = format::fp16_from_float(example_k(token, channel));
-      k.push_back(
-          format::float_from_fp16(f.token_norm ? format::normalized_key(bits, norm) : bits));
+      const std::uint16_t bits = format::fp16_from_float(row[channel]);
+      row[channel] = format::float_from_fp16(format::normalized_key(bits, norm));
     }
   }
   return k;
@@ -91,8 +105,9 @@ auto storing_v(const layout::PackedKvPage<C>& page) {
 template <layout::PageConfig C>
 void pack_example(const KvFormat& f, int keep_first, std::uint8_t* bytes) {
   const layout::PackedKvPage<C> page(layout::PageRecord(f), bytes);
-  const std::vector<float> k = coded_k(f, page);
+  const std::vector<float> k = coded_k(f, page), v = arrived(f, f.v_rotation, example_v);
   const auto k_at = [&](int token, int channel) { return k[token * f.head_dim + channel]; };
+  const auto v_at = [&](int token, int channel) { return v[token * f.head_dim + channel]; };
   const bool per_channel = f.k_axis == KAxis::channel;
   const int tokens = per_channel ? f.k_group : 1, channels = per_channel ? 1 : f.k_group;
   for (int token = 0; token < f.page_tokens; token += tokens) {
@@ -103,8 +118,8 @@ void pack_example(const KvFormat& f, int keep_first, std::uint8_t* bytes) {
   }
   for (int token = 0; token < f.page_tokens; ++token) {
     for (int channel = 0; channel < f.head_dim; channel += f.v_group) {
-      code_group<C.v_bits>(example_v, page.v_codes(), storing_v<C>(page), token, 1, channel,
-                           f.v_group, 0);
+      code_group<C.v_bits>(v_at, page.v_codes(), storing_v<C>(page), token, 1, channel, f.v_group,
+                           0);
     }
   }
 }
