@@ -30,8 +30,8 @@ FIELDS = (
 
 
 def test_every_legal_format_round_trips() -> None:
-    formats = legal_formats() + clipped_formats() + rotated_formats()
-    assert len(set(formats)) == len(formats) == len({str(f) for f in formats})
+    formats = list({*legal_formats(), *clipped_formats(), *rotated_formats()})
+    assert len(formats) == len({str(f) for f in formats})
     for f in formats:
         again = KvFormat(**{field: getattr(f, field) for field in FIELDS})
         assert again == f
