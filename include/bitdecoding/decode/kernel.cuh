@@ -237,8 +237,7 @@ class DecodeCta {
   template <int Columns>
   __device__ void store_merged(const SegmentPlace& segment, int column, bool is_mine,
                                const MergedColumns<S, Columns>& merged) {
-    const OutputRow row = row_of(segment.sequence, segment.head, column);
-    store_column<S, Columns>(a_.problem, row, is_mine, merged);
+    store_column<S>(a_.problem, row_of(segment.sequence, segment.head, column), is_mine, merged);
   }
 
   template <class Merged>

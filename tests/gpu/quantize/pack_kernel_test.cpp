@@ -25,7 +25,8 @@ struct DeviceResult {
 DeviceResult pack_on_device(const PackCase& c) {
   const DeviceArray k(c.k), v(c.v);
   const DeviceArray leftpad(c.leftpad), num_tokens(c.num_tokens), first_page(c.first_page);
-  const DeviceArray block_table(c.block_table), k_mean(c.k_mean);
+  const DeviceArray block_table(c.block_table);
+  const DeviceArray k_mean(c.k_mean);
   const DeviceArray pool(c.pool);
   const DeviceArray error_word(std::vector<int>(4, 0));
   const Status status =
