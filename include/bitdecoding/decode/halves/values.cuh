@@ -166,9 +166,9 @@ __device__ inline int weight_shift(int exponent) {
   return exponent < 0 ? -exponent : -(exponent >> 1);
 }
 
-// Groups of channels, blocks among them: weights become an operand once and are scaled for every group. A power of two
-// 2^-shift, of the weights, is made up for by the scales: neither p nor p * scale overflows fp16,
-// and tokens far below a sink keep their bits.
+// Groups of channels, or blocks: weights become an operand once and are scaled for every group. A
+// power of two 2^-shift, of the weights, is made up for by the scales: neither p nor p * scale
+// overflows fp16, and tokens far below a sink keep their bits.
 template <Halves S, class Groups, class Page>
   requires(Groups::kMostValueGroups > 1)
 __device__ void add_values(const Page& page, const Groups& groups,
