@@ -140,28 +140,28 @@ void pack(const KvFormat& f, int free_tokens, TokenTile& k, const TokenTile& v,
   std::memset(bytes, 0, static_cast<std::size_t>(page_bytes(f)));
   CodeBytes codes;
   if (f.token_norm) divide_by_norms(k, f.page_tokens, Config.head_dim, page.token_norms());
-  constexpr int kBits = Config.k_bits, vBits = Config.v_bits, kHeadDim = Config.head_dim;
+  constexpr int kKBits = Config.k_bits, kVBits = Config.v_bits, kHeadDim = Config.head_dim;
   const auto store_k = [&] {
     if constexpr (Config.has_blocks()) {
-      return storing<kBits>(page.k_exponents());
+      return storing<kKBits>(page.k_exponents());
     } else {
-      return storing<kBits>(page.k_scales(), page.k_zeros(), f.k_clip);
+      return storing<kKBits>(page.k_scales(), page.k_zeros(), f.k_clip);
     }
   }();
   if constexpr (Config.k_axis == KAxis::channel) {
-    code_by_channel<kBits, kHeadDim>(k, f.page_tokens, f.k_group, free_tokens, store_k, codes);
+    code_by_channel<kKBits, kHeadDim>(k, f.page_tokens, f.k_group, free_tokens, store_k, codes);
   } else {
-    code_by_token<kBits, kHeadDim, CodeOrder::k>(k, f.page_tokens, f.k_group, store_k, codes);
+    code_by_token<kKBits, kHeadDim, CodeOrder::k>(k, f.page_tokens, f.k_group, store_k, codes);
   }
   store_k_units(page, codes);
   const auto store_v = [&] {
     if constexpr (Config.has_blocks()) {
-      return storing<vBits>(page.v_exponents());
+      return storing<kVBits>(page.v_exponents());
     } else {
-      return storing<vBits>(page.v_scales(), page.v_zeros(), f.v_clip);
+      return storing<kVBits>(page.v_scales(), page.v_zeros(), f.v_clip);
     }
   }();
-  code_by_token<vBits, kHeadDim, CodeOrder::v>(v, f.page_tokens, f.v_group, store_v, codes);
+  code_by_token<kVBits, kHeadDim, CodeOrder::v>(v, f.page_tokens, f.v_group, store_v, codes);
   store_v_units(page, codes);
 }
 

@@ -22,8 +22,7 @@ Bytes = npt.NDArray[np.uint8]
 Doubles = npt.NDArray[np.float64]
 
 CHUNK = 64  # tokens
-BLOCK_LIMIT = {2: 3.5, 4: 10.0}  # the largest magnitude where e = 0
-BLOCK_MIDDLE = {2: 1.5, 4: 7.5}  # the code of 0
+BLOCKS = {2: (3.5, 1.5), 4: (10.0, 7.5)}  # bits: largest magnitude where e = 0, the code of 0
 NAN16 = np.uint16(0x7FFF).view(np.float16)
 
 
@@ -261,14 +260,14 @@ def block_scale(exponents: Bytes) -> Halves:
 
 def block_zero(scale: Halves, bits: int) -> Halves:
     """+0 where the scale is 0."""
-    zero: Halves = np.float16(0) - scale * np.float16(BLOCK_MIDDLE[bits])
+    zero: Halves = np.float16(0) - scale * np.float16(BLOCKS[bits][1])
     return zero
 
 
 def quantize_blocks(values: Halves, bits: int) -> tuple[npt.NDArray[np.uint8], Halves, Halves]:
     """Codes (..., 32), scale and zero (..., 1) of blocks (..., 32)."""
     largest = np.max(np.abs(doubles(values)), axis=-1, keepdims=True)
-    limits = np.ldexp(BLOCK_LIMIT[bits], np.arange(-14, 16))
+    limits = np.ldexp(BLOCKS[bits][0], np.arange(-14, 16))
     exponents = 1 + np.sum(largest > limits, axis=-1, keepdims=True)
     exponents = np.where(np.isnan(largest), 31, np.where(largest == 0, 0, exponents))
     scale = block_scale(exponents.astype(np.uint8))
@@ -315,9 +314,8 @@ def quantize_page(f: KvFormat, k: Halves, v: Halves, first_tokens: int = 0) -> P
     v_grouped = v.reshape(*lead, tokens, channels // f.v_group, f.v_group)
     v_parts = quantize(v_grouped, np.zeros((1, 1, 1), bool), f.v_bits, -1, f.v_clip)
     if f.k_axis == "block":
-        k_parts, v_parts = (
-            quantize_blocks(x, bits) for x, bits in ((grouped, f.k_bits), (v_grouped, f.v_bits))
-        )
+        k_parts = quantize_blocks(grouped, f.k_bits)
+        v_parts = quantize_blocks(v_grouped, f.v_bits)
 
     def spread(part: npt.NDArray[Any], like: Halves) -> npt.NDArray[Any]:
         return np.broadcast_to(part, like.shape).reshape(k.shape)

@@ -10,26 +10,21 @@
 
 namespace bitdecoding::decode {
 
-// Of a lane's rows, for a group of channels.
-struct RowParameters {
-  RowValues scales, zeros;
-};
-// Of blocks: zero-points are -block_middle times the scales.
-template <int Bits>
-struct BlockParameters {
-  RowValues scales;
-};
-
-// Of the rows (token 8i + row) of a chunk.
+// Of the rows (token 8i + row) of a chunk, for a group of channels.
 template <class S, class Page>
-__device__ auto value_parameters(const Page& page, int group, int row) {
+__device__ RowValues value_scales(const Page& page, int group, int row) {
   if constexpr (S::page.has_blocks()) {
-    return BlockParameters<S::page.v_bits>{block_scales(page.v_exponent_vectors(group)(row))};
+    return block_scales(page.v_exponent_vectors(group)(row));
   } else {
-    const auto vectors = page.v_token_vectors(group);
-    return RowParameters{{vectors(row, 0)}, {vectors(row, 1)}};
+    return {page.v_token_vectors(group)(row, 0)};
   }
 }
+
+// Zero-points of blocks are -block_middle times the scales, so their sum is that of the weights p *
+// scale, as an MMA of ones has it in all rows, rounded like those that meet the codes. A zero sum is
+// one of eight lanes' rows: an eighth.
+template <class S>
+inline constexpr float kZeroOfWeight = -format::block_middle(S::page.v_bits) / 8;
 
 template <class S, class Groups>
 struct Output {
@@ -89,22 +84,12 @@ __device__ void clear_values(const Page& page, const Groups& groups, int begin, 
 }
 
 template <class S>
-__device__ float weighted_sum(const RowValues& values, const ScoreTensor<S, kChunkBlocks>& tSrP,
+__device__ float sum_of_zeros(const RowValues& zeros, const ScoreTensor<S, kChunkBlocks>& tSrP,
                               int c) {
   float sum = 0.f;
 #pragma unroll
-  for (int row = 0; row < 2 * kChunkBlocks; ++row) sum += tSrP(row % 2, c, row / 2) * values(row);
+  for (int row = 0; row < 2 * kChunkBlocks; ++row) sum += tSrP(row % 2, c, row / 2) * zeros(row);
   return sum;
-}
-template <class S>
-__device__ float sum_of_zeros(const RowParameters& v, const ScoreTensor<S, kChunkBlocks>& tSrP,
-                              int c) {
-  return weighted_sum<S>(v.zeros, tSrP, c);
-}
-template <class S, int Bits>
-__device__ float sum_of_zeros(const BlockParameters<Bits>& v,
-                              const ScoreTensor<S, kChunkBlocks>& tSrP, int c) {
-  return -format::block_middle(Bits) * weighted_sum<S>(v.scales, tSrP, c);
 }
 
 // V^T of 16 fp16 tokens as A, Tiles tiles of channels; tokens from `end` on hold anything and become

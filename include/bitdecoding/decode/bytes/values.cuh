@@ -34,9 +34,9 @@ __device__ float weigh(ScoreTensor<S, Blocks>& tSrS, const Scale& scale, Softmax
 // The scale of every row that is the largest of its channel groups.
 template <Bytes S, class Groups, class Page>
 __device__ RowValues largest_scales(const Page& page, const Groups& groups, int lane) {
-  RowValues largest = value_parameters<S>(page, 0, lane / 4).scales;
+  RowValues largest = value_scales<S>(page, 0, lane / 4);
   for (int group = 1; group * groups.v_group() < S::head_dim; ++group) {
-    largest = larger(largest, value_parameters<S>(page, group, lane / 4).scales);
+    largest = larger(largest, value_scales<S>(page, group, lane / 4));
   }
   return largest;
 }
@@ -69,6 +69,18 @@ __device__ void make_weights(const RowValues& scales, const ScoreTensor<S, kChun
     const std::uint32_t bytes = __byte_perm(fixed(0), fixed(1), 0x4051);
     tOrP(block % 2, block / 2) = arch::transpose_8x8(bytes);
   }
+}
+
+// Of a column's P', all tokens.
+__device__ inline float sum_of_weights(const WeightBytes& tOrP) {
+  constexpr std::uint32_t kOnes = 0x01010101u;
+  ByteSums sums;
+  cute::clear(sums);
+#pragma unroll
+  for (int pair = 0; pair < kChunkBlocks / 2; ++pair) {
+    mma_unsigned(sums, {kOnes, kOnes, kOnes, kOnes}, tOrP(_, pair));
+  }
+  return static_cast<float>(static_cast<int>(sums(0) * 256 + sums(1)));
 }
 
 // O^T (a part of the channels) += factor * codes times P'.
@@ -122,10 +134,16 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
 #pragma unroll
   for (int part = 0; part < S::V::v_parts; ++part) {
     if (begins_group(part * kPartChannels, groups.v_group())) {
-      const auto parameters =
-          value_parameters<S>(page, group_of(part * kPartChannels, groups.v_group()), lane / 4);
-      output.zero_sum_of(part)(0) += factor * sum_of_zeros<S>(parameters, tSrS, 0);
-      make_weights<S>(parameters.scales, tSrS, tOrP);
+      const int group = group_of(part * kPartChannels, groups.v_group());
+      const RowValues scales = value_scales<S>(page, group, lane / 4);
+      if constexpr (S::page.has_blocks()) {
+        make_weights<S>(scales, tSrS, tOrP);
+        output.zero_sum_of(part)(0) += factor * kZeroOfWeight<S> * sum_of_weights(tOrP);
+      } else {
+        const RowValues zeros{page.v_token_vectors(group)(lane / 4, 1)};
+        output.zero_sum_of(part)(0) += factor * sum_of_zeros<S>(zeros, tSrS, 0);
+        make_weights<S>(scales, tSrS, tOrP);
+      }
     }
     add_part<S>(page, part, tOrP, factor, lane, output);
   }

@@ -170,9 +170,25 @@ __device__ inline int weight_shift(int exponent) {
   return exponent < 0 ? -exponent : -(exponent >> 1);
 }
 
-// Groups of channels, blocks among them: weights become an operand once and are scaled for every group. A power of two
-// 2^-shift, of the weights, is made up for by the scales: neither p nor p * scale overflows fp16,
-// and tokens far below a sink keep their bits.
+// Blocks: the zero-points' share, from all tokens' weights.
+template <Halves S>
+__device__ void add_zeros_of_weights(const WeightTensor<S, kChunkBlocks>& weights,
+                                     ColumnTensor<S>& zero_sum) {
+  constexpr int kColumns = S::lane_columns / S::n_tiles;
+#pragma unroll
+  for (int n = 0; n < S::n_tiles; ++n) {
+    auto sum = cute::make_tensor<float>(cute::Shape<_4>{});
+    cute::clear(sum);
+#pragma unroll
+    for (int block = 0; block < kChunkBlocks; ++block) mma(sum, ones(), weights(_, n, block));
+#pragma unroll
+    for (int e = 0; e < kColumns; ++e) zero_sum(n * kColumns + e) += kZeroOfWeight<S> * sum(e);
+  }
+}
+
+// Groups of channels, or blocks: weights become an operand once and are scaled for every group. A
+// power of two 2^-shift, of the weights, is made up for by the scales: neither p nor p * scale
+// overflows fp16, and tokens far below a sink keep their bits.
 template <Halves S, class Groups, class Page>
   requires(Groups::kMostValueGroups > 1)
 __device__ void add_values(const Page& page, const Groups& groups,
@@ -189,8 +205,8 @@ __device__ void add_values(const Page& page, const Groups& groups,
   for (int part = 0; part < S::V::v_parts; ++part) {
     if (begins_group(part * kPartChannels, groups.v_group())) {
       const int group = group_of(part * kPartChannels, groups.v_group());
-      const PairValues scales(value_parameters<S>(page, group, 2 * t).scales.bits,
-                              value_parameters<S>(page, group, 2 * t + 1).scales.bits);
+      const PairValues scales(value_scales<S>(page, group, 2 * t).bits,
+                              value_scales<S>(page, group, 2 * t + 1).bits);
 #pragma unroll
       for (int i = 0; i < 2 * kChunkBlocks; ++i) {
         const std::uint32_t scale = multiply(scales.pair[i], up);
@@ -198,6 +214,9 @@ __device__ void add_values(const Page& page, const Groups& groups,
         for (int n = 0; n < S::n_tiles; ++n) {
           scaled(i % 2, n, i / 2) = multiply(tOrP(i % 2, n, i / 2), scale);
         }
+      }
+      if constexpr (S::page.has_blocks()) {
+        add_zeros_of_weights<S>(scaled, output.zero_sum_of(part));
       }
     }
     add_parts<1, S>(page, part, scaled, lane, output);
@@ -212,18 +231,20 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
   constexpr int kPartChannels = S::head_dim / S::V::v_parts;
   __half2 largest = __float2half2_rn(0.f);
   for (int group = 0; group * groups.v_group() < S::head_dim; ++group) {
-    largest = __hmax2(largest, largest_value(value_parameters<S>(page, group, lane / 4).scales));
+    largest = __hmax2(largest, largest_value(value_scales<S>(page, group, lane / 4)));
   }
   const int exponent = min(exponent_of(largest), 16);
   weigh<S, kChunkBlocks>(tSrS, scale, exponent, softmax, output);
+  if constexpr (!S::page.has_blocks()) {
 #pragma unroll
-  for (int part = 0; part < S::V::v_parts; ++part) {
-    if (!begins_group(part * kPartChannels, groups.v_group())) continue;
-    const int group = group_of(part * kPartChannels, groups.v_group());
-    const auto parameters = value_parameters<S>(page, group, lane / 4);
+    for (int part = 0; part < S::V::v_parts; ++part) {
+      if (!begins_group(part * kPartChannels, groups.v_group())) continue;
+      const int group = group_of(part * kPartChannels, groups.v_group());
+      const RowValues zeros{page.v_token_vectors(group)(lane / 4, 1)};
 #pragma unroll
-    for (int c = 0; c < S::lane_columns; ++c) {
-      output.zero_sum_of(part)(c) += sum_of_zeros<S>(parameters, tSrS, c);
+      for (int c = 0; c < S::lane_columns; ++c) {
+        output.zero_sum_of(part)(c) += sum_of_zeros<S>(zeros, tSrS, c);
+      }
     }
   }
   add_values<S>(page, groups, tSrS, exponent, lane, output);
