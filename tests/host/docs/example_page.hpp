@@ -86,8 +86,8 @@ void pack_example(const KvFormat& f, int keep_first, std::uint8_t* bytes) {
   }
   for (int token = 0; token < f.page_tokens; ++token) {
     for (int channel = 0; channel < f.head_dim; channel += f.v_group) {
-      code_group<C.v_bits>(v_at, page.v_codes(), page.v_scales(), page.v_zeros(), token, 1,
-                           channel, f.v_group, 0);
+      code_group<C.v_bits>(v_at, page.v_codes(), page.v_scales(), page.v_zeros(), token, 1, channel,
+                           f.v_group, 0);
     }
   }
 }
