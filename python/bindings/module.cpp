@@ -38,8 +38,8 @@ v_group : channels of one token that share a V scale: 32, 64 or 128, at most hea
 page_tokens : tokens of a page: 64 or 128
 head_dim : channels of a head: 64, 128 or 256
 token_norm : K is coded divided by its token's norm, which then multiplies the score; not in blocks
-k_rotation, v_rotation : channels of a block that a Walsh-Hadamard transform turns, of K (and then of
-    every query) and of V (turned back in the output): 0 (none), 16, 64 or 128, at most head_dim.
+k_rotation, v_rotation : channels of a block that a Walsh-Hadamard transform turns, of K (and then
+    of every query) and of V (turned back in the output): 0 (none), 16, 64 or 128, at most head_dim.
     Where V's rotation is folded into a model's weights, v_rotation is 0 (QuaRot, arXiv 2404.00456)
 k_clip, v_clip : percent of a group's range, about its middle, that the codes span: 50 to 100;
     values beyond become the first or the last code. In blocks 100

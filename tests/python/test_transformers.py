@@ -99,9 +99,10 @@ def test_padding_enters_no_page(model: Any) -> None:
     assert np.array_equal(ours.side[0], theirs.side[0])
 
 
-def test_second_prompt_in_the_16_bit_zone_equals_transformers(model: Any) -> None:
+@pytest.mark.parametrize("format", ["int4", "k4v4_c128_v64_p128_d64_kr64_vr16"])
+def test_second_prompt_in_the_16_bit_zone_equals_transformers(model: Any, format: str) -> None:
     first, second = tokens(2, 100), tokens(2, 37, seed=5)
-    cache = LowBitCache(model.config, "int4", keep_last=EVERYTHING)
+    cache = LowBitCache(model.config, format, keep_last=EVERYTHING)
     forward(model, first, cache)
     found = forward(model, second, cache)
     model.set_attn_implementation("sdpa")

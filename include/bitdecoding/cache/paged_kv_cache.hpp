@@ -36,8 +36,8 @@ struct PagedKvCache {
   const std::int32_t* slots = nullptr;        // [B] rows of the side buffer
   std::int32_t* lengths = nullptr;            // [B] tokens of each sequence
   std::int32_t* packed = nullptr;             // [B] of these in pages; a multiple of P
-  // fp16 [H, D], 16-byte aligned, taken from every K on arrival; nullptr: none. One array for all of
-  // a cache's life: scores against other means don't compare.
+  // fp16 [H, D], 16-byte aligned, taken from every K on arrival; nullptr: none. The same for all
+  // of a cache's life: scores of keys that lack different means don't compare.
   const std::uint16_t* k_mean = nullptr;
 
   constexpr std::size_t page_offset(std::int64_t page, int head) const {

@@ -20,7 +20,8 @@ struct alignas(16) Partial {
   float sum[S::columns];
 };
 
-// Where column `column` of a segment goes in out (B,Sq,Hq,D) and lse (B,Hq,Sq), and where its query is.
+// Where column `column` of a segment goes in out (B,Sq,Hq,D) and lse (B,Hq,Sq), and where its query
+// is.
 struct OutputRow {
   std::int64_t out, query;  // elements of channel 0
   std::int64_t lse;
@@ -124,8 +125,7 @@ struct MergedColumns {
   static __device__ int channel(int part) { return 4 * (arch::lane_id() % kLanes + part * kLanes); }
 };
 
-// Undoes V's rotation of a column's output; all lanes of a warp. Bits don't depend on how many columns
-// it has.
+// Undoes V's rotation in the outputs of a warp's columns. Bits don't depend on how many these are.
 template <class S, int Columns>
 __device__ void rotate_output(float4 (&o)[MergedColumns<S, Columns>::kParts], int block) {
   using Merged = MergedColumns<S, Columns>;
@@ -148,9 +148,9 @@ __device__ void rotate_output(float4 (&o)[MergedColumns<S, Columns>::kParts], in
   }
 }
 
-// What the mean that was taken from K would have added to all scores of a column, and so to its LSE;
-// all lanes of a warp, of which those of a column get the same. Channels D/2 apart meet first, then
-// those D/4 apart, and so on: bits don't depend on how many columns a warp has.
+// What K's mean would have added to all scores of a column, and so to its LSE: to each of the
+// column's lanes. Channels D/2 apart meet first, then those D/4 apart, and so on: bits don't depend
+// on how many columns the warp has.
 template <class S, int Columns>
 __device__ float mean_score(const DecodeProblem& p, const OutputRow& row) {
   using Merged = MergedColumns<S, Columns>;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The queries of one segment: loaded as B operand, rotated as K is, brought to max |q| in [32, 64) by
-// a power of two per column. What K's scales make of them once per group, Q' = q * scale, is in bytes/ and
-// halves/.
+// The queries of one segment: loaded as B operand, rotated where K is, brought to max |q| in
+// [32, 64) by a power of two per column. What K's scales make of them once per group, Q' = q * scale,
+// is in bytes/ and halves/.
 #pragma once
 
 #include "bitdecoding/decode/decode_problem.hpp"
@@ -67,7 +67,7 @@ __device__ void load_query(const DecodeProblem& p, int sequence, int kv_head,
   }
 }
 
-// A column's channels that the lane has, from bits(_, n, _): pair e of 8 * i + 16 * k is x 4k + 2i + e.
+// A column's channels that the lane has: 4k + 2i + e is channel e of the pair (i, n, k) of QueryBits.
 template <class S>
 using OwnChannels = float[4 * S::own_tiles];
 
@@ -83,8 +83,8 @@ __device__ void rotate_query(OwnChannels<S>& x, int block) {
   for (float& channel : x) channel = channel == channel ? channel : INFINITY;
 }
 
-// q, rotated where K is, times the column's power of two, and the scale that turns a score with it to
-// the log2 domain: softmax scale * log2(e) / power of two.
+// q, rotated where K is, times the column's power of two, and the scale that turns a score with it
+// to the log2 domain: softmax scale * log2(e) / power of two.
 template <class S>
 __device__ void set_query(QueryTensor<S>& q, ColumnTensor<S>& scale, const QueryBits<S>& bits,
                           const DecodeProblem& p, int lane) {

@@ -13,8 +13,8 @@ struct Partner {
   int values, lanes;
 };
 
-// Of rows of HeadDim channels; x: the lane's. partner_at(distance) -> Partner. Called by whole warps,
-// `block` the same in all lanes; 0 changes nothing.
+// Of rows of HeadDim channels; x: the lane's. partner_at(distance) -> Partner. Called by whole
+// warps, `block` the same in all lanes; 0 changes nothing.
 template <int HeadDim, int Values, class PartnerAt>
 __device__ void rotate(float (&x)[Values], int block, const PartnerAt& partner_at) {
   const int lane = arch::lane_id();

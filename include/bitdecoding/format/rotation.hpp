@@ -28,7 +28,7 @@ constexpr float rotation_scale(int block) {
   return block == 128 ? 0x1.6a09e6p-4f : 1.f;
 }
 
-// Channels at distance 1, 2, 4 .. block / 2, in this order, become sum and difference of each other.
+// Channels at distance 1, 2, 4 .. block / 2, in this order, become their sum and difference.
 // block = 0: the row stays as it is.
 constexpr void rotate(float* row, int head_dim, int block) {
   for (int distance = 1; distance < block; distance *= 2) {

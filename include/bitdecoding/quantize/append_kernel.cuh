@@ -116,8 +116,8 @@ __device__ inline int count_cta(int batch, int* counters) {
 
 // ---- tokens that stay in fp16 ----
 
-// New tokens of a head, K by the first half of the threads, V by the second, in 16-byte pieces: each
-// thread has a column of one of them, and every kRowStep-th row.
+// New tokens of a head, K by the first half of the threads, V by the second, in 16-byte pieces:
+// each thread has a column of one of them, and every kRowStep-th row.
 template <int HeadDim>
 class KeptTokens {
  public:

@@ -151,8 +151,9 @@ __device__ inline void subtract_mean(const uint4& mean, float* x) {
   for (int i = 0; i < 8; ++i) x[i] = __fsub_rn(x[i], values[i]);
 }
 
-// format::transform of the tokens of sX (N,D) from `first` on, in place. Eight neighbours have a token
-// together, each of them one 16-byte piece of every 64 channels.
+// format::transform of the tokens of sX (N,D) from `first` on, in place. Eight neighbours have a
+// token together, each of them one 16-byte piece of every 64 channels: more values a lane would take
+// fewer shuffles, but registers that the kernels don't have.
 template <int Threads, class Tile>
 __device__ void transform_tile(const format::Arrival& arrival, int first, int tokens,
                                const Tile& sX) {
