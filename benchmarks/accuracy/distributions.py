@@ -4,7 +4,9 @@
 PYTHONPATH=benchmarks python -m accuracy.distributions            measures, saves, draws
 PYTHONPATH=benchmarks python -m accuracy.distributions --draw     draws what was saved
 
-A row is one full-attention layer, K after its rotary embedding. Ratios are medians over heads.
+A row is one full-attention layer, K after its rotary embedding. Ratios are medians over heads. K's
+quantisation is judged by what it does to scores, for a rotation hardly changes the size of K's
+error but spreads it over channels that queries look at less.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ from results import Results, Row, load, save
 
 from accuracy import models, texts
 from accuracy.command import facts
-from accuracy.fake import Scheme, arrived, fake_quantise
+from accuracy.fake import Scheme, arrived, fake_quantise, hadamard
 from bitdecoding.cache_layers import NewTokens, SixteenBitLayer
 from bitdecoding.transformers import ATTENTION, LowBitCache
 
 RESULT = RESULTS / "distributions.json"
 TOKENS, PAGE = 2048, 128
+QUERIES = 128  # the last ones, whose scores are compared
 FIRST = 16  # tokens that recipes keep in 16 bit: no part of any range
 WHOLE = 128  # the largest rotation
 
@@ -53,6 +56,8 @@ class RecordingLayer(SixteenBitLayer):
     def attend(
         self, module: Any, query: torch.Tensor, new: NewTokens, mask: Any, scale: float
     ) -> torch.Tensor:
+        last = query[:, :, -QUERIES:].unflatten(1, (new.keys.shape[1], -1))
+        self.queries = last.flatten(2, 3) * scale  # (B, Hkv, G * QUERIES, D)
         self.seen = (new.keys, new.values)  # (B, Hkv, S, D)
         return super().attend(module, query, new, mask, scale)
 
@@ -70,13 +75,17 @@ def layer_rows(model: Any, ids: torch.Tensor) -> list[Row]:
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, RecordingLayer):
             k, v = layer.seen
-            rows.append({"layer": index, "k": described(k, K_SCHEMES, FIRST)})
-            rows[-1]["v"] = described(v, V_SCHEMES, 0)
+            row: Row = {"layer": index, "k": described(k), "v": described(v)}
+            row["k"]["errors"] = {
+                name: score_error(k, layer.queries, scheme) for name, scheme in K_SCHEMES.items()
+            }
+            row["v"]["errors"] = {name: error(v, scheme) for name, scheme in V_SCHEMES.items()}
+            rows.append(row)
     return rows
 
 
-def described(x: torch.Tensor, schemes: Mapping[str, Scheme], keep_first: int) -> Row:
-    """x (B, Hkv, S, D): channels that stand out, norms of tokens, errors of schemes."""
+def described(x: torch.Tensor) -> Row:
+    """x (B, Hkv, S, D): channels that stand out, norms of tokens."""
     later = x[:, :, FIRST:].float()
     channel = later.square().mean((0, 2)).sqrt()  # (Hkv, D)
     norm = x.float().norm(dim=-1)  # (B, Hkv, S)
@@ -89,17 +98,30 @@ def described(x: torch.Tensor, schemes: Mapping[str, Scheme], keep_first: int) -
         "norm_p1": _rounded(relative.quantile(0.01)),
         "norm_p99": _rounded(relative.quantile(0.99)),
         "norm_of_first": _rounded((norm[:, :, :1] / middle).median()),
-        "errors": {name: error(x, scheme, keep_first) for name, scheme in schemes.items()},
     }
 
 
-def error(x: torch.Tensor, scheme: Scheme, keep_first: int) -> float:
-    """Norm of what quantisation changes over the norm of what it quantises."""
-    rotation = min(scheme.rotation, x.shape[-1])
-    kept = arrived(x, rotation)
+def changes(x: torch.Tensor, scheme: Scheme, keep_first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens after the first ones, rotated as the scheme has it, and what quantisation changes."""
+    kept = arrived(x, min(scheme.rotation, x.shape[-1]))
     read = fake_quantise(kept, scheme, PAGE, keep_first)
     kept = kept[:, :, FIRST : read.shape[2]]
-    return _rounded((read[:, :, FIRST:] - kept).norm() / kept.norm())
+    return kept, read[:, :, FIRST:] - kept
+
+
+def error(x: torch.Tensor, scheme: Scheme) -> float:
+    """Norm of what quantisation changes over the norm of what it quantises."""
+    kept, changed = changes(x, scheme, 0)
+    return _rounded(changed.norm() / kept.norm())
+
+
+def score_error(k: torch.Tensor, queries: torch.Tensor, scheme: Scheme) -> float:
+    """RMS of what quantisation changes in scores, in nats, but for a shift of all of a query's:
+    softmax doesn't see that. queries (B, Hkv, N, D), with the softmax scale in them."""
+    _, changed = changes(k, scheme, FIRST)
+    rotated = hadamard(queries.float(), min(scheme.rotation, k.shape[-1]))
+    scores = rotated @ changed.transpose(2, 3)  # (B, Hkv, N, tokens)
+    return _rounded((scores - scores.mean(-1, keepdim=True)).square().mean().sqrt())
 
 
 def _rounded(x: torch.Tensor) -> float:
@@ -155,7 +177,7 @@ def norms(of: Mapping[str, Sequence[Row]]) -> Figure:
 
 
 def errors(of: Mapping[str, Sequence[Row]]) -> Figure:
-    """Relative errors of 2-bit schemes, by layer."""
+    """Errors of 2-bit schemes, by layer: of K in its scores, of V in itself."""
     drawing, axes = figure(2 * len(of), 2, 3.6, 2.6)
     colours = dict(zip(K_SCHEMES, COLOURS, strict=True))
     panels = [(name, rows, part) for name, rows in of.items() for part in "kv"]
@@ -163,7 +185,8 @@ def errors(of: Mapping[str, Sequence[Row]]) -> Figure:
         for scheme in rows[0][part]["errors"]:
             found = [row[part]["errors"][scheme] for row in rows]
             one.plot(_layers(rows), found, "o-", color=colours[scheme], label=scheme)
-        one.set(title=f"{name}, {part.upper()}", xlabel="layer", ylabel="error at 2 bits")
+        one.set(title=f"{name}, {part.upper()}", xlabel="layer")
+        one.set_ylabel("RMS error of scores, nats" if part == "k" else "error / norm")
         one.set_ylim(0, None)
     add_legend(drawing)
     return drawing

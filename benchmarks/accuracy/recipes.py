@@ -66,11 +66,24 @@ def with_zones(recipe: Recipe, first: int, last: int) -> Recipe:
     return replace(recipe, name=name, keep_first=first, keep_last=last, long=False)
 
 
+def clipped(recipe: Recipe, long: bool = False) -> Recipe:
+    """Two-bit codes divide less than the whole range: by CLIPS, found on one text of SmolLM2."""
+    found = dict(recipe.fields)
+    for part in ("k", "v"):
+        if found[f"{part}_bits"] == 2:
+            found[f"{part}_clip"] = CLIPS[found[f"{part}_group"] or 64]
+    return replace(recipe, name=f"{recipe.name}, clipped", fields=found, long=long)
+
+
+CLIPS = {32: 85, 64: 80, 128: 75}  # percent, by the size of a group
 ROTATED = {"k_rotation": WHOLE, "v_rotation": WHOLE}
 KIVI4 = kivi("kivi-4 g128", (4, 4), (128, WHOLE), long=True)
 KIVI2 = kivi("kivi-2 g32", (2, 2), (32, 32), long=True)
 K4V2 = kivi("k4v2 g128/32", (4, 2), (128, 32), long=True)
+KIVI2_ROTATED = kivi("kivi-2 g32, rotated", (2, 2), (32, 32), **ROTATED)
+K4V2_ROTATED = kivi("k4v2 g128/32, rotated", (4, 2), (128, 32), **ROTATED)
 OSCAR = kivi("oscar", (2, 2), (32, 32), **ROTATED, token_norm=True, long=True)
+BEST2 = clipped(KIVI2_ROTATED, long=True)
 
 PLAIN = (
     KIVI4,
@@ -90,23 +103,34 @@ TRANSFORMED = (
     token("hadamard-4", (4, 4), 64, **ROTATED, long=True),
     token("hadamard-4, blocks of 16", (4, 4), 64, k_rotation=16, v_rotation=16),
     token("hadamard-4, blocks of 64", (4, 4), 64, k_rotation=64, v_rotation=64),
-    kivi("kivi-4 g128, rotated", (4, 4), (128, WHOLE), **ROTATED, long=True),
-    kivi("k4v2 g128/32, V rotated", (4, 2), (128, 32), v_rotation=WHOLE, long=True),
-    kivi("k4v2 g128/32, rotated", (4, 2), (128, 32), **ROTATED, long=True),
+    kivi("kivi-4 g128, rotated", (4, 4), (128, WHOLE), **ROTATED),
+    kivi("k4v2 g128/32, V rotated", (4, 2), (128, 32), v_rotation=WHOLE),
+    K4V2_ROTATED,
     kivi("k2v4 g32, rotated", (2, 4), (32, WHOLE), **ROTATED),
-    kivi("kivi-2 g32, V rotated", (2, 2), (32, 32), v_rotation=WHOLE),
-    kivi("kivi-2 g32, rotated", (2, 2), (32, 32), **ROTATED, long=True),
-    kivi("kivi-2 g32/64, rotated", (2, 2), (32, 64), **ROTATED),
+    KIVI2_ROTATED,
+    kivi("kivi-2 g32, blocks of 16 rotated", (2, 2), (32, 32), k_rotation=16, v_rotation=16),
     kivi("kivi-2 g64, rotated", (2, 2), (64, 64), **ROTATED),
-    kivi("kivi-2 g128, rotated", (2, 2), (128, WHOLE), **ROTATED),
     OSCAR,
-    kivi("block-4", (4, 4), (32, 32), k_axis="block", **ROTATED),
+    kivi("block-4", (4, 4), (32, 32), k_axis="block", **ROTATED, long=True),
     kivi("block-4, not rotated", (4, 4), (32, 32), k_axis="block"),
+    kivi("block-2", (2, 2), (32, 32), k_axis="block", **ROTATED),
+)
+CLIPPED = (
+    clipped(KIVI2),
+    BEST2,
+    clipped(OSCAR, long=True),
+    clipped(K4V2_ROTATED, long=True),
+    clipped(kivi("k4v2 g128/64, rotated", (4, 2), (128, 64), **ROTATED)),
+    clipped(kivi("k2v4 g32, rotated", (2, 4), (32, WHOLE), **ROTATED)),
+    clipped(kivi("kivi-2 g32/64, rotated", (2, 2), (32, 64), **ROTATED)),
+    clipped(kivi("kivi-2 g64, rotated", (2, 2), (64, 64), **ROTATED), long=True),
+    clipped(kivi("kivi-2 g128, rotated", (2, 2), (128, 64), **ROTATED)),
+    clipped(kivi("kivi-2 g128/64, rotated, norms", (2, 2), (128, 64), **ROTATED, token_norm=True)),
 )
 ZONES = tuple(
     with_zones(recipe, first, last)
-    for recipe in (KIVI4, KIVI2, TRANSFORMED[8])
+    for recipe in (KIVI4, KIVI2, BEST2)
     for first, last in ((0, 0), (0, 64), (16, 128), (64, 256))
 )
-RECIPES = {recipe.name: recipe for recipe in (*PLAIN, *TRANSFORMED, *ZONES)}
-REDUCED = (KIVI4.name, K4V2.name, KIVI2.name)
+RECIPES = {recipe.name: recipe for recipe in (*PLAIN, *TRANSFORMED, *CLIPPED, *ZONES)}
+REDUCED = (KIVI4.name, K4V2.name, KIVI2.name, BEST2.name)

@@ -146,7 +146,7 @@ def test_recipes_are_formats_or_say_why_not() -> None:
     for recipe in RECIPES.values():
         for head_dim in (64, 128):
             reason = recipe.why_not(head_dim)
-            transformed = {"k_rotation", "v_rotation"} & set(recipe.fields)
+            transformed = {"k_rotation", "v_rotation", "k_clip", "v_clip"} & set(recipe.fields)
             assert reason is None or transformed or recipe.fields.get("k_axis") == "block"
     assert KIVI4.format(64).v_group == 64
     wrong = kivi("wrong", (3, 4), (128, 64))

@@ -94,8 +94,19 @@ def test_distributions(tmp_path: Path) -> None:
 def test_an_outlier_channel_is_seen_and_rotation_spreads_it() -> None:
     x = torch.randn(1, 2, 256, 64, generator=torch.Generator().manual_seed(0))
     x[..., 7] *= 20
-    found = distributions.described(x, distributions.K_SCHEMES, 0)
-    assert 15 < found["largest_channel"] < 25
-    errors = found["errors"]
+    assert 15 < distributions.described(x)["largest_channel"] < 25
+    errors = {
+        name: distributions.error(x, scheme) for name, scheme in distributions.K_SCHEMES.items()
+    }
     assert errors["per token, rotated"] < errors["per token, 32 channels"]
     assert errors["per channel, 32 tokens"] < errors["per token, 32 channels"]
+
+
+def test_a_score_error_is_that_of_scores() -> None:
+    k = torch.randn(1, 2, 256, 64, generator=torch.Generator().manual_seed(0)).half().float()
+    scheme = distributions.K_SCHEMES["the same, rotated"]
+    ones = torch.ones(1, 2, 3, 64)
+    found = distributions.score_error(k, ones, scheme)
+    assert found == pytest.approx(2 * distributions.score_error(k, ones / 2, scheme), rel=1e-3)
+    # sums of 64 channels' errors, each about a third of a deviation at two bits
+    assert 0.2 * 8 < found < 0.5 * 8
