@@ -9,7 +9,8 @@ from typing import Any
 
 from bitdecoding import KvFormat
 
-WHOLE = 0  # a v_group or token-axis k_group of head_dim channels, a rotation over the whole head
+WHOLE = 0  # groups and rotations of all channels of a head, as far as formats go:
+MOST_CHANNELS = 128
 SIXTEEN_BIT = "16-bit"
 
 
@@ -30,8 +31,7 @@ class Recipe:
         for name in ("v_group", "k_group", "k_rotation", "v_rotation"):
             channels = name != "k_group" or given.get("k_axis") == "token"
             if channels and name in given:
-                largest = 128 if name.endswith("rotation") else head_dim
-                given[name] = min(given[name] or head_dim, largest, head_dim)
+                given[name] = min(given[name] or MOST_CHANNELS, MOST_CHANNELS, head_dim)
         return KvFormat(**given, head_dim=head_dim)
 
     def formats(self, kinds: list[str], head_dim: int) -> list[KvFormat | None]:
