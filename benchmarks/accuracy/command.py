@@ -48,7 +48,7 @@ def bench_of(name: str, args: argparse.Namespace, console: Console) -> Bench:
     size = sizes(name, args)
     longest = max(size.context, size.prompt, size.layers, size.cross_check, *size.needles)
     ids = {text: texts.tokens(loaded.tokenizer, text, longest) for text in wanted}
-    recipes, missing = available(chosen(args), loaded.model.config)
+    recipes, missing = available(chosen(args), loaded.model.config, args.device)
     for recipe, reason in missing.items():
         console.print(f"{name}: left out {recipe}: {reason}", markup=False)
     return Bench(loaded.model, loaded.tokenizer, name, ids, recipes, size)

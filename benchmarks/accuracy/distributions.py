@@ -69,7 +69,7 @@ def layer_rows(model: Any, ids: torch.Tensor) -> list[Row]:
         if type(layer) is SixteenBitLayer:
             cache.layers[index] = RecordingLayer()
     model.set_attn_implementation(ATTENTION)
-    with torch.inference_mode():
+    with torch.no_grad():
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     rows = []
     for index, layer in enumerate(cache.layers):

@@ -151,10 +151,18 @@ def test_recipes_are_formats_or_say_why_not() -> None:
     assert KIVI4.format(64).v_group == 64
     wrong = kivi("wrong", (3, 4), (128, 64))
     assert "k_bits = 3" in str(wrong.why_not(64))
-    assert bench.available([KIVI2, wrong], make_model().config) == (
-        [KIVI2],
-        {"wrong": wrong.why_not(64)},
-    )
+    config = make_model().config
+    found = bench.available([KIVI2, wrong], config, "cpu")
+    assert found == ([KIVI2], {"wrong": wrong.why_not(64)})
+
+
+def test_a_format_without_a_kernel_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(self: Any, q: Any) -> None:
+        raise ValueError("kernel: none is built for\nmore")
+
+    monkeypatch.setattr(bench.PagedKvCache, "decode", decode)
+    found = bench.available([KIVI2], make_model().config, "cpu")
+    assert found == ([], {KIVI2.name: "kernel: none is built for"})
 
 
 def test_edges_are_of_the_full_attention_layers() -> None:
