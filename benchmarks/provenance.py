@@ -24,10 +24,17 @@ PARTS = {
     "src": ("src",),
     "cmake": ("cmake", "CMakeLists.txt"),
     "benchmarks": ("benchmarks",),
+    "accuracy": ("benchmarks/accuracy", "benchmarks/accuracy.py"),
 }
+# What a result's time depends on, and what its accuracy does. Neither bench runs the other's code.
+SPEED = ("include", "src", "cmake", "benchmarks")
+ACCURACY = ("include", "src", "accuracy")
 SUFFIXES = {".hpp", ".cuh", ".cpp", ".cu", ".in", ".cmake", ".txt", ".py", ".csv"}
 # They only read results: a new column of a table is no reason to measure again.
-READERS = {"compare.py", "plots.py", "provenance.py", "summary.py", "target_table.py", "targets.py"}
+READERS = {
+    "accuracy_tables.py", "compare.py", "plots.py", "provenance.py", "summary.py",
+    "target_table.py", "targets.py",
+}  # fmt: skip
 
 
 def files_of(part: str, root: Path = ROOT) -> list[Path]:
@@ -37,6 +44,7 @@ def files_of(part: str, root: Path = ROOT) -> list[Path]:
         path = root / name
         found += [path] if path.is_file() else path.rglob("*")
     results = root / "benchmarks/results"
+    others = set(files_of("accuracy", root)) if part == "benchmarks" else set()
     return sorted(
         path
         for path in found
@@ -44,13 +52,14 @@ def files_of(part: str, root: Path = ROOT) -> list[Path]:
         and path.suffix in SUFFIXES
         and results not in path.parents
         and not (part == "benchmarks" and path.name in READERS)
+        and path not in others
     )
 
 
-def source_hashes(root: Path = ROOT) -> dict[str, str]:
+def source_hashes(root: Path = ROOT, parts: tuple[str, ...] = SPEED) -> dict[str, str]:
     """By part: 16 hexadecimal digits of its files' names and contents, independent of commits."""
     hashes = {}
-    for part in PARTS:
+    for part in parts:
         digest = hashlib.sha256()
         for path in files_of(part, root):
             name, content = path.relative_to(root).as_posix(), path.read_bytes()
@@ -66,7 +75,7 @@ def why_not_current(facts: dict[str, Any], hashes: dict[str, str]) -> str | None
         return "it doesn't say which code it was measured with"
     if str(facts["commit"]).endswith("-dirty") or facts["commit"] == "unknown":
         return f"commit {facts['commit']}: the code that was built is not committed"
-    changed = [part for part in hashes if facts["sources"].get(part) != hashes[part]]
+    changed = [part for part, of in facts["sources"].items() if of != hashes.get(part)]
     return f"{', '.join(changed)} changed since {facts['commit']}" if changed else None
 
 
@@ -90,7 +99,7 @@ def standing(path: Path, commit: str) -> str:
 
 def complaints() -> list[str]:
     """What is wrong with the files of current.txt."""
-    hashes = source_hashes()
+    hashes = source_hashes(parts=tuple(PARTS))
     found = []
     for path in listed():
         if not path.exists():
@@ -104,7 +113,7 @@ def complaints() -> list[str]:
 
 def standings() -> list[str]:
     """Every result file, and whether it is this code's."""
-    hashes = source_hashes()
+    hashes = source_hashes(parts=tuple(PARTS))
     lines = []
     for path in sorted(RESULTS.glob("*.json")):
         reason = why_not_current(facts_of(path) or {}, hashes)

@@ -17,6 +17,7 @@ from accuracy.models import Tokenizer
 from accuracy.recipes import Recipe
 from accuracy.retrieval import questions, scores
 from accuracy.text_rows import Contender, Row, Tick, recipe_groups, recipe_rows, text_rows
+from bitdecoding import PagedKvCache
 
 KINDS = ("text", "baseline", "layers", "cross-check", "needle", "generation")
 
@@ -184,8 +185,30 @@ def key_of(row: Row) -> tuple[Any, ...]:
     return (row["kind"], row["model"], row["text"], row["recipe"], row["context"])
 
 
-def available(recipes: Sequence[Recipe], config: Any) -> tuple[list[Recipe], dict[str, str]]:
-    """Those that this build has, and by name why it doesn't have the others."""
-    reasons = {recipe.name: recipe.why_not(caches.head_dim(config)) for recipe in recipes}
+def available(
+    recipes: Sequence[Recipe], config: Any, device: str
+) -> tuple[list[Recipe], dict[str, str]]:
+    """Those that this build has for the device, and by name why it doesn't have the others."""
+    reasons = {recipe.name: _why_not(recipe, config, device) for recipe in recipes}
     missing = {name: reason for name, reason in reasons.items() if reason is not None}
     return [recipe for recipe in recipes if recipe.name not in missing], missing
+
+
+def _why_not(recipe: Recipe, config: Any, device: str) -> str | None:
+    """Formats may be legal and have no kernel: a page of zeros goes through one layer."""
+    dim, text = caches.head_dim(config), config.get_text_config(decoder=True)
+    if (reason := recipe.why_not(dim)) is not None:
+        return reason
+    heads, tokens = text.num_key_value_heads, 256
+    zeros = torch.zeros(
+        1, tokens, text.num_attention_heads, dim, dtype=torch.float16, device=device
+    )
+    try:
+        cache = PagedKvCache(
+            recipe.format(dim), batch=1, num_kv_heads=heads, max_tokens=tokens, device=device
+        )
+        cache.append(zeros[:, :, :heads], zeros[:, :, :heads])
+        cache.decode(zeros[:, : cache.format.page_tokens])
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return str(error).splitlines()[0]
+    return None

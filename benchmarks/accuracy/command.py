@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from measure import machine
-from provenance import source_hashes
+from provenance import ACCURACY, source_hashes
 from results import Results, load, save
 from rich.console import Console
 from rich.progress import Progress
@@ -48,24 +48,23 @@ def bench_of(name: str, args: argparse.Namespace, console: Console) -> Bench:
     size = sizes(name, args)
     longest = max(size.context, size.prompt, size.layers, size.cross_check, *size.needles)
     ids = {text: texts.tokens(loaded.tokenizer, text, longest) for text in wanted}
-    recipes, missing = available(chosen(args), loaded.model.config)
+    recipes, missing = available(chosen(args), loaded.model.config, args.device)
     for recipe, reason in missing.items():
         console.print(f"{name}: left out {recipe}: {reason}", markup=False)
     return Bench(loaded.model, loaded.tokenizer, name, ids, recipes, size)
 
 
 def facts(device: str) -> dict[str, Any]:
-    own = {"transformers": transformers.__version__, "models": "float32 weights and activations"}
-    if device != "cpu":
-        return {**machine(), **own}
-    return {
+    found = {
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": bitdecoding.build_info()["git"],
-        "sources": source_hashes(),
-        **own,
     }
+    found = machine() if device != "cpu" else found
+    found["sources"] = source_hashes(parts=ACCURACY)
+    found["transformers"] = transformers.__version__
+    return found | {"models": "float32 weights and activations"}
 
 
 def run(units: Sequence[Unit], results: Results, output: Path | None, minutes: float) -> bool:

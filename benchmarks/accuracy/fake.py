@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fake quantisation in torch: what a packed cache reads back, from docs/format.md's definitions.
 
-A second opinion: it shares no code with the library. It also knows what the library doesn't (yet):
-norms over all KV heads jointly, and ranges that are clipped before they are divided into levels.
+A second opinion: it shares no code with the library. It also knows what the library doesn't: norms
+over all KV heads jointly.
 Tensors are float32 (B, Hkv, S, D); tokens are quantised as far as whole pages of them exist.
 """
 
@@ -24,7 +24,7 @@ class Scheme:
     group: int  # tokens of a channel, or channels of a token
     rotation: int = 0  # channels of a Walsh-Hadamard block
     norm: str = ""  # "" | head | joint: the token's norm over its head, over all heads
-    clip: float = 1.0  # of the range that the levels divide
+    clip: float = 1.0  # the part of a range that levels divide; of blocks see `powers`
 
 
 def rn16(x: torch.Tensor) -> torch.Tensor:
@@ -63,9 +63,8 @@ def levels(x: torch.Tensor, bits: int, clip: float, counted: torch.Tensor | None
     low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
     empty = low > high
     low, high = low.masked_fill(empty, 0), high.masked_fill(empty, 0)
-    if clip != 1.0:
-        middle, half = (low + high) / 2, (high - low) * (clip / 2)
-        low, high = rn16(middle - half), middle + half
+    cut = (high - low) * ((1 - clip) / 2)
+    low, high = rn16(low + cut), high - cut
     scale = rn16((high - low) / (2**bits - 1))
     ratio = torch.where(scale == 0, 0, 1 / scale)
     code = ((x - low) * ratio).round().clamp(0, 2**bits - 1)
@@ -73,7 +72,8 @@ def levels(x: torch.Tensor, bits: int, clip: float, counted: torch.Tensor | None
 
 
 def powers(x: torch.Tensor, bits: int, clip: float) -> torch.Tensor:
-    """x (..., group) through symmetric codes whose step is a power of two."""
+    """x (..., group) through symmetric codes whose step is a power of two. ``clip``: how many times
+    what the codes reach the largest value may be."""
     top = x.abs().amax(-1, keepdim=True)
     exponent = (top / (clip * 2 ** (bits - 1))).clamp_min(2.0**-40).log2().ceil().clamp(-14, 15)
     step, middle = torch.exp2(exponent), 2 ** (bits - 1) - 0.5

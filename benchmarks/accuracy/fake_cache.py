@@ -19,15 +19,20 @@ from accuracy.recipes import Recipe
 from bitdecoding import KvFormat
 from bitdecoding.cache_layers import NewTokens, SixteenBitLayer, WindowLayer
 
+BLOCK_CLIPS = {4: 1.25, 2: 1.75}  # docs/format.md: limits of 10 and 3.5 over 8 and 2
+
 
 def schemes(format: KvFormat) -> tuple[Scheme, Scheme]:
-    """Of K and of V. A library without rotations has none."""
+    """Of K and of V. A library without rotations or clips has none."""
     norm = "head" if format.token_norm else ""
-    k_rotation, v_rotation = (getattr(format, name, 0) for name in ("k_rotation", "v_rotation"))
-    v_axis = "block" if format.k_axis == "block" else "token"
+    rotations = [getattr(format, name, 0) for name in ("k_rotation", "v_rotation")]
+    clips = [getattr(format, name, 100) / 100 for name in ("k_clip", "v_clip")]
+    v_axis = "token"
+    if format.k_axis == "block":
+        clips, v_axis = [BLOCK_CLIPS[format.k_bits], BLOCK_CLIPS[format.v_bits]], "block"
     return (
-        Scheme(format.k_bits, format.k_axis, format.k_group, k_rotation, norm),
-        Scheme(format.v_bits, v_axis, format.v_group, v_rotation),
+        Scheme(format.k_bits, format.k_axis, format.k_group, rotations[0], norm, clips[0]),
+        Scheme(format.v_bits, v_axis, format.v_group, rotations[1], "", clips[1]),
     )
 
 

@@ -44,7 +44,7 @@ def forced(
 ) -> Iterator[torch.Tensor]:
     """Logits (B, n, V) float32 of every block of ids (B, S), on the model's device."""
     for block in ids.split(list(blocks), dim=1):
-        with torch.inference_mode():
+        with torch.no_grad():
             yield model(block, past_key_values=cache, use_cache=True).logits.float()
 
 
@@ -52,7 +52,7 @@ def last_logits(model: Any, cache: Any, ids: torch.Tensor, blocks: tuple[int, ..
     """Logits (B, V) float32 after the last token of ids (B, S)."""
     logits = torch.empty(0)
     for block in ids.split(list(blocks), dim=1):
-        with torch.inference_mode():
+        with torch.no_grad():
             options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
             logits = model(block, **options).logits[:, -1].float()
     return logits

@@ -21,7 +21,7 @@ def greedy(model: Any, ids: torch.Tensor, recipe: Recipe | None, new: int) -> to
     cache = caches.make(recipe, model.config, ids.shape[1] + new)
     found, step = [], ids
     for _ in range(new):
-        with torch.inference_mode():
+        with torch.no_grad():
             options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
             step = model(step, **options).logits[:, -1].argmax(-1, keepdim=True)
         found.append(step)

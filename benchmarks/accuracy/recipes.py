@@ -9,7 +9,8 @@ from typing import Any
 
 from bitdecoding import KvFormat
 
-WHOLE = 0  # a v_group or token-axis k_group of head_dim channels, a rotation over the whole head
+WHOLE = 0  # groups and rotations of all channels of a head, as far as formats go:
+MOST_CHANNELS = 128
 SIXTEEN_BIT = "16-bit"
 
 
@@ -30,8 +31,7 @@ class Recipe:
         for name in ("v_group", "k_group", "k_rotation", "v_rotation"):
             channels = name != "k_group" or given.get("k_axis") == "token"
             if channels and name in given:
-                largest = 128 if name.endswith("rotation") else head_dim
-                given[name] = min(given[name] or head_dim, largest, head_dim)
+                given[name] = min(given[name] or MOST_CHANNELS, MOST_CHANNELS, head_dim)
         return KvFormat(**given, head_dim=head_dim)
 
     def formats(self, kinds: list[str], head_dim: int) -> list[KvFormat | None]:
@@ -66,11 +66,28 @@ def with_zones(recipe: Recipe, first: int, last: int) -> Recipe:
     return replace(recipe, name=name, keep_first=first, keep_last=last, long=False)
 
 
+def clipped(recipe: Recipe, long: bool = False) -> Recipe:
+    """Two-bit codes divide less than the whole range: by CLIPS, found on one text of SmolLM2."""
+    found = dict(recipe.fields)
+    for part in ("k", "v"):
+        if found[f"{part}_bits"] == 2:
+            found[f"{part}_clip"] = CLIPS[found[f"{part}_group"] or 64]
+    return replace(recipe, name=f"{recipe.name}, clipped", fields=found, long=long)
+
+
+CLIPS = {32: 85, 64: 80, 128: 75}  # percent, by the size of a group
+# Rotating K spreads what channel-wise groups confine: it helps where no channel is far larger than
+# the others (SmolLM2) and ruins K where one is (Gemma 3). V's rotation helps in both.
 ROTATED = {"k_rotation": WHOLE, "v_rotation": WHOLE}
+V_ROTATED = {"v_rotation": WHOLE}
 KIVI4 = kivi("kivi-4 g128", (4, 4), (128, WHOLE), long=True)
 KIVI2 = kivi("kivi-2 g32", (2, 2), (32, 32), long=True)
 K4V2 = kivi("k4v2 g128/32", (4, 2), (128, 32), long=True)
+KIVI2_ROTATED = kivi("kivi-2 g32, rotated", (2, 2), (32, 32), **ROTATED)
+K4V2_ROTATED = kivi("k4v2 g128/32, rotated", (4, 2), (128, 32), **ROTATED)
 OSCAR = kivi("oscar", (2, 2), (32, 32), **ROTATED, token_norm=True, long=True)
+KIVI2_V_ROTATED = clipped(kivi("kivi-2 g32, V rotated", (2, 2), (32, 32), **V_ROTATED), long=True)
+KIVI2_ALL_ROTATED = clipped(KIVI2_ROTATED, long=True)
 
 PLAIN = (
     KIVI4,
@@ -90,23 +107,41 @@ TRANSFORMED = (
     token("hadamard-4", (4, 4), 64, **ROTATED, long=True),
     token("hadamard-4, blocks of 16", (4, 4), 64, k_rotation=16, v_rotation=16),
     token("hadamard-4, blocks of 64", (4, 4), 64, k_rotation=64, v_rotation=64),
-    kivi("kivi-4 g128, rotated", (4, 4), (128, WHOLE), **ROTATED, long=True),
-    kivi("k4v2 g128/32, V rotated", (4, 2), (128, 32), v_rotation=WHOLE, long=True),
-    kivi("k4v2 g128/32, rotated", (4, 2), (128, 32), **ROTATED, long=True),
+    kivi("kivi-4 g128, rotated", (4, 4), (128, WHOLE), **ROTATED),
+    kivi("k4v2 g128/32, V rotated", (4, 2), (128, 32), **V_ROTATED),
+    K4V2_ROTATED,
     kivi("k2v4 g32, rotated", (2, 4), (32, WHOLE), **ROTATED),
-    kivi("kivi-2 g32, V rotated", (2, 2), (32, 32), v_rotation=WHOLE),
-    kivi("kivi-2 g32, rotated", (2, 2), (32, 32), **ROTATED, long=True),
-    kivi("kivi-2 g32/64, rotated", (2, 2), (32, 64), **ROTATED),
+    KIVI2_ROTATED,
+    kivi("kivi-2 g32, blocks of 16 rotated", (2, 2), (32, 32), k_rotation=16, v_rotation=16),
     kivi("kivi-2 g64, rotated", (2, 2), (64, 64), **ROTATED),
-    kivi("kivi-2 g128, rotated", (2, 2), (128, WHOLE), **ROTATED),
     OSCAR,
-    kivi("block-4", (4, 4), (32, 32), k_axis="block", **ROTATED),
+    kivi("block-4", (4, 4), (32, 32), k_axis="block", **ROTATED, long=True),
     kivi("block-4, not rotated", (4, 4), (32, 32), k_axis="block"),
+    kivi("block-2", (2, 2), (32, 32), k_axis="block", **ROTATED),
+)
+CLIPPED = (
+    clipped(KIVI2),
+    KIVI2_V_ROTATED,
+    KIVI2_ALL_ROTATED,
+    clipped(kivi("kivi-2 g64, V rotated", (2, 2), (64, 64), **V_ROTATED), long=True),
+    clipped(kivi("kivi-2 g128/64, V rotated", (2, 2), (128, 64), **V_ROTATED)),
+    clipped(kivi("kivi-2 g32, V rotated, norms", (2, 2), (32, 32), **V_ROTATED, token_norm=True)),
+    clipped(kivi("k4v2 g128/32, V rotated", (4, 2), (128, 32), **V_ROTATED), long=True),
+    clipped(kivi("k4v2 g128/64, V rotated", (4, 2), (128, 64), **V_ROTATED)),
+    kivi("kivi-4 g32, V rotated", (4, 4), (32, 64), **V_ROTATED),
+    clipped(OSCAR, long=True),
+    clipped(K4V2_ROTATED),
+    clipped(kivi("k4v2 g128/64, rotated", (4, 2), (128, 64), **ROTATED)),
+    clipped(kivi("k2v4 g32, rotated", (2, 4), (32, WHOLE), **ROTATED)),
+    clipped(kivi("kivi-2 g32/64, rotated", (2, 2), (32, 64), **ROTATED)),
+    clipped(kivi("kivi-2 g64, rotated", (2, 2), (64, 64), **ROTATED)),
+    clipped(kivi("kivi-2 g128, rotated", (2, 2), (128, 64), **ROTATED)),
+    clipped(kivi("kivi-2 g128/64, rotated, norms", (2, 2), (128, 64), **ROTATED, token_norm=True)),
 )
 ZONES = tuple(
     with_zones(recipe, first, last)
-    for recipe in (KIVI4, KIVI2, TRANSFORMED[8])
+    for recipe in (KIVI4, KIVI2, KIVI2_V_ROTATED)
     for first, last in ((0, 0), (0, 64), (16, 128), (64, 256))
 )
-RECIPES = {recipe.name: recipe for recipe in (*PLAIN, *TRANSFORMED, *ZONES)}
-REDUCED = (KIVI4.name, K4V2.name, KIVI2.name)
+RECIPES = {recipe.name: recipe for recipe in (*PLAIN, *TRANSFORMED, *CLIPPED, *ZONES)}
+REDUCED = (KIVI4.name, K4V2.name, KIVI2.name, KIVI2_V_ROTATED.name)

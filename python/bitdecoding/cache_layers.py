@@ -110,6 +110,9 @@ class LowBitLayer(_GrowsOnly, CacheLayerMixin):  # type: ignore[misc]
         device = str(key_states.device)
         if key_states.is_cuda and device not in self.workspaces:
             self.workspaces[device] = Workspace(device)
+        if "k_mean" in self.settings:
+            mean = self.settings["k_mean"].to(key_states.device, torch.float16).contiguous()
+            self.settings = {**self.settings, "k_mean": mean}
         self.cache = PagedKvCache(
             self.format,
             batch=batch,

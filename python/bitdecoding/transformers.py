@@ -59,6 +59,8 @@ class LowBitCache(Cache):  # type: ignore[misc]
                 layers with a sliding window always are
     max_tokens  room per sequence; None grows with the text, a quarter ahead of it
     keep_first, keep_last   first and newest tokens of a sequence that stay in 16 bit
+    k_means     per layer of the model a mean of its keys after their rotary embedding (Hkv, D), or
+                None: taken from the keys on their way to the pages, which attention doesn't see
     threads     of the CPU backend; 0 = all cores; on CUDA only 0
 
     For inference: no gradients pass through it. Every layer is on the device of its keys. On CUDA a
@@ -78,6 +80,7 @@ class LowBitCache(Cache):  # type: ignore[misc]
         max_tokens: int | None = None,
         keep_first: int = 16,
         keep_last: int = 64,
+        k_means: Sequence[torch.Tensor | None] | None = None,
         threads: int = 0,
     ) -> None:
         text = config.get_text_config(decoder=True)
@@ -95,15 +98,21 @@ class LowBitCache(Cache):  # type: ignore[misc]
         if max_tokens is not None:
             max_tokens = count("max_tokens", max_tokens, least=1)
 
-        def layer(kind: str, format: KvFormat | None) -> Any:
+        if k_means is None:
+            k_means = [None] * len(kinds)
+        elif len(k_means) != len(kinds):
+            raise ValueError(f"k_means = {len(k_means)}; the model has {len(kinds)} layers")
+
+        def layer(kind: str, format: KvFormat | None, mean: torch.Tensor | None) -> Any:
             if kind == _SLIDING:
                 return WindowLayer(text.sliding_window)
             if format is None:
                 return SixteenBitLayer()
             sequence_extents(format, **settings, max_tokens=max_tokens or 1)  # refuses bad zones
-            return LowBitLayer(format, self._columns, workspaces, max_tokens, threads, settings)
+            own = settings if mean is None else {**settings, "k_mean": mean}
+            return LowBitLayer(format, self._columns, workspaces, max_tokens, threads, own)
 
-        super().__init__(layers=list(map(layer, kinds, self.formats)))
+        super().__init__(layers=list(map(layer, kinds, self.formats, k_means)))
 
     @property
     def nbytes(self) -> int:

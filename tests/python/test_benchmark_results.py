@@ -219,6 +219,10 @@ def test_hashes(tmp_path: Path) -> None:
     for other in ("include/bitdecoding/README.md", "benchmarks/summary.py"):
         assert changed(other) == set()
     assert changed("benchmarks/results/current.txt") == set()
+    accuracy = provenance.source_hashes(tmp_path, provenance.ACCURACY)["accuracy"]
+    assert changed("benchmarks/accuracy/fake.py") == changed("benchmarks/accuracy.py") == set()
+    (tmp_path / "benchmarks/accuracy/fake.py").write_text("")
+    assert provenance.source_hashes(tmp_path, provenance.ACCURACY)["accuracy"] != accuracy
     for name in provenance.READERS - {"plots.py"}:
         assert (BENCHMARKS / name).exists()
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from tiny_models import (  # noqa: E402
     tokens,
 )  # fmt: skip
 
-from bitdecoding import KvFormat  # noqa: E402
+from bitdecoding import KvFormat, PagedKvCache  # noqa: E402
 from bitdecoding.cache_layers import LowBitLayer, SixteenBitLayer, WindowLayer  # noqa: E402
 from bitdecoding.transformers import ATTENTION, LowBitCache  # noqa: E402
 
@@ -157,6 +158,31 @@ def test_fill_and_reset(gemma: Any) -> None:
 def test_formats_that_do_not_fit_the_layers(gemma: Any, format: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LowBitCache(gemma.config, format)
+
+
+@pytest.mark.skipif(
+    "k_mean" not in inspect.signature(PagedKvCache).parameters, reason="no means of K in this build"
+)
+def test_means_of_k_change_nothing_but_rounding() -> None:
+    model, ids = make_model((8, 2, 128)), tokens(2, 300)
+    means = [torch.full((2, 128), 0.25), None]
+    plain, centred = (
+        LowBitCache(model.config, "int4", k_means=given, keep_last=EVERYTHING)
+        for given in (None, means)
+    )
+    logits = []
+    for cache in (plain, centred):
+        forward(model, ids[:, :260], cache)
+        logits.append(forward(model, ids[:, 260:], cache))
+    assert (logits[0] - logits[1]).abs().max() < FP16 * logits[0].std()
+    assert not torch.equal(
+        torch.as_tensor(plain.layers[0].cache.side), torch.as_tensor(centred.layers[0].cache.side)
+    )
+
+
+def test_as_many_means_as_layers(gemma: Any) -> None:
+    with pytest.raises(ValueError, match="k_means = 1; the model has 3 layers"):
+        LowBitCache(gemma.config, k_means=[None])
 
 
 @pytest.mark.parametrize("call", [lambda c: c.crop(-1), lambda c: c.layers[0].offload()])
