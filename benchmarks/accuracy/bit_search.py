@@ -4,9 +4,10 @@
 PYTHONPATH=benchmarks python -m accuracy.bit_search --model smollm2-135m --bits 3.5
 
 Every pair of K and V bits, with and without a rotation of K, is tried on every full-attention layer
-by itself: the error of its attention output on a calibration text (layer_errors.py). Then the assignment of the lowest summed
-squared error is chosen that has at most the wanted bits per element, by giving bits where they
-lower the error most per bit. It is validated on other texts beside the uniform recipes.
+by itself: the error of its attention output on a calibration text (layer_errors.py). Then the
+assignment of the lowest summed squared error is chosen that has at most the wanted bits per element,
+by giving bits where they lower the error most per bit. It is validated on other texts beside the
+uniform recipes.
 """
 
 from __future__ import annotations
