@@ -5,9 +5,9 @@ PYTHONPATH=benchmarks python -m accuracy.bit_search --model smollm2-135m --bits 
 
 Every pair of K and V bits, with and without a rotation of K, is tried on every full-attention layer
 by itself: the error of its attention output on a calibration text (layer_errors.py). Then the
-assignment of the lowest summed squared error is chosen that has at most the wanted bits per element,
-by giving bits where they lower the error most per bit. It is validated on other texts beside the
-uniform recipes.
+assignment of the lowest summed squared error is chosen that has at most the wanted bits per
+element, by giving bits where they lower the error most per bit. It is validated on other texts
+beside the uniform recipes.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def search(
     base: Recipe,
     bits: float,
 ) -> list[Row]:
-    """Rows of the searched assignment and of every uniform variant, on texts of (S,) tokens each."""
+    """Rows of the searched assignment and of every uniform variant, on texts of (S,) tokens."""
     config = model.config
     uniform = variants(base, caches.head_dim(config))
     choices = sensitivities(model, calibration[None], base)
