@@ -3,10 +3,11 @@
 
 PYTHONPATH=benchmarks python -m accuracy.bit_search --model smollm2-135m --bits 3.5
 
-Every pair of K and V bits is tried on every full-attention layer by itself: the error of its
-attention output on a calibration text (layer_errors.py). Then the assignment of the lowest summed
-squared error is chosen that has at most the wanted bits per element, by giving bits where they
-lower the error most per bit. It is validated on other texts beside the uniform recipes.
+Every pair of K and V bits, with and without a rotation of K, is tried on every full-attention layer
+by itself: the error of its attention output on a calibration text (layer_errors.py). Then the
+assignment of the lowest summed squared error is chosen that has at most the wanted bits per
+element, by giving bits where they lower the error most per bit. It is validated on other texts
+beside the uniform recipes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.console import Console
 from accuracy import caches, models, texts
 from accuracy.command import facts
 from accuracy.layer_errors import relative_errors
-from accuracy.recipes import RECIPES, Recipe
+from accuracy.recipes import RECIPES, WHOLE, Recipe
 from accuracy.text_rows import recipe_rows
 from bitdecoding import KvFormat
 
@@ -51,20 +52,25 @@ class LayeredRecipe(Recipe):
         return list(self.layers)
 
 
-def pair_recipes(base: Recipe) -> list[Recipe]:
-    """``base`` in every pair of bits."""
-    return [
-        Recipe(
-            f"K{k} V{v}", {**base.fields, "k_bits": k, "v_bits": v}, base.keep_first, base.keep_last
-        )
-        for k, v in PAIRS
-    ]
+def variants(base: Recipe, head_dim: int) -> list[Recipe]:
+    """``base`` in every pair of bits, each with and without a rotation of K, as far as this build
+    has them. Ranges are clipped at two bits alone."""
+    found = []
+    for k, v in PAIRS:
+        fields = {**base.fields, "k_bits": k, "v_bits": v}
+        for part, bits in (("k", k), ("v", v)):
+            if bits == 4:
+                fields.pop(f"{part}_clip", None)
+        fields.pop("k_rotation", None)
+        for name, own in ((f"K{k} V{v}", {}), (f"K{k} V{v}, K rotated", {"k_rotation": WHOLE})):
+            found.append(Recipe(name, fields | own, base.keep_first, base.keep_last))
+    return [recipe for recipe in found if recipe.why_not(head_dim) is None]
 
 
 def sensitivities(model: Any, ids: torch.Tensor, base: Recipe) -> list[list[Choice]]:
     """Per full-attention layer its choices; ids (B, S) of a calibration text."""
-    recipes = pair_recipes(base)
     dim = caches.head_dim(model.config)
+    recipes = variants(base, dim)
     errors = relative_errors(model, ids, recipes)
     per_layer: list[list[Choice]] = []
     for index, kind in enumerate(caches.layer_kinds(model.config)):
@@ -140,12 +146,13 @@ def search(
     base: Recipe,
     bits: float,
 ) -> list[Row]:
-    """Rows of the searched assignment and of every uniform pair, on texts of (S,) tokens each."""
+    """Rows of the searched assignment and of every uniform variant, on texts of (S,) tokens."""
     config = model.config
+    uniform = variants(base, caches.head_dim(config))
     choices = sensitivities(model, calibration[None], base)
     found = layered(base, caches.layer_kinds(config), assign(choices, bits))
     stacked = torch.stack(list(ids.values())).to(model.device)
-    rows = recipe_rows(model, stacked, list(ids), [found, *pair_recipes(base)], lambda: None)
+    rows = recipe_rows(model, stacked, list(ids), [found, *uniform], lambda: None)
     layers = [None if f is None else str(f) for f in found.layers]
     return [row | ({"layers": layers} if row["recipe"] == found.name else {}) for row in rows]
 
@@ -154,7 +161,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Bits per layer under a budget.")
     parser.add_argument("--model", choices=list(models.MODELS), default="smollm2-135m")
     parser.add_argument(
-        "--recipe", choices=list(RECIPES), default="kivi-2 g32", help="but its bits"
+        "--recipe",
+        choices=list(RECIPES),
+        default="kivi-2 g32, V rotated, clipped",
+        help="but its bits",
     )
     parser.add_argument("--bits", type=float, default=3.5, help="per element, at most, on average")
     parser.add_argument("--context", type=int, default=2048)

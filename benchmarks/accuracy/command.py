@@ -103,14 +103,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: all rows are there; 1: a cross-check failed; 3: --minutes were not enough."""
+    """0: all rows are there; 1: a cross-check failed; 2: the file is of other code; 3: --minutes
+    were not enough."""
     args, console = parser().parse_args(arguments), Console(highlight=False)
     torch.set_float32_matmul_precision("highest")  # no TF32
     begin, done = time.monotonic(), True
     results = Results({}, [])
     if args.output is not None and args.output.exists():
         results = load(args.output)
-    results.facts = facts(args.device)
+    now = facts(args.device)
+    if results.rows and results.facts.get("sources") != now["sources"]:
+        console.print(f"{args.output} is of other code: choose another --output or delete it")
+        return 2
+    results.facts = now
     for name in args.models or (["smollm2-135m"] if args.reduced else list(models.MODELS)):
         bench = bench_of(name, args, console)
         left = args.minutes - (time.monotonic() - begin) / 60

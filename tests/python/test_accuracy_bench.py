@@ -21,7 +21,7 @@ sys.path.insert(0, str(BENCHMARKS))
 from accuracy import bench, command, generation, layer_errors, retrieval  # type: ignore[import-not-found] # noqa: E402
 from accuracy.agreement import Agreement  # type: ignore[import-not-found] # noqa: E402
 from accuracy.recipes import KIVI2, KIVI4, RECIPES, kivi, with_zones  # type: ignore[import-not-found] # noqa: E402
-from results import Results, load  # type: ignore[import-not-found] # noqa: E402
+from results import Results, load, save  # type: ignore[import-not-found] # noqa: E402
 from test_transformers_layers import make_gemma  # noqa: E402
 from tiny_models import make_model, tokens  # noqa: E402
 
@@ -176,3 +176,11 @@ def test_results_file_holds_facts(tmp_path: Path) -> None:
     facts = command.facts("cpu")
     assert set(facts["sources"]) == {"include", "src", "accuracy"}
     assert json.loads(json.dumps(facts)) == facts
+
+
+def test_a_file_of_other_code_is_not_resumed(tmp_path: Path) -> None:
+    output = tmp_path / "old.json"
+    save(output, Results({"sources": {"include": "0"}}, [{"kind": "text"}]))
+    before = output.read_bytes()
+    assert command.main(["--device", "cpu", "--output", str(output)]) == 2
+    assert output.read_bytes() == before

@@ -19,7 +19,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from accuracy import bit_search, distributions  # type: ignore[import-not-found] # noqa: E402
-from accuracy.recipes import KIVI2  # type: ignore[import-not-found] # noqa: E402
+from accuracy.recipes import KIVI2, KIVI2_V_ROTATED  # type: ignore[import-not-found] # noqa: E402
 from results import Results  # type: ignore[import-not-found] # noqa: E402
 from test_transformers_layers import make_gemma  # noqa: E402
 from tiny_models import make_model, tokens  # noqa: E402
@@ -78,6 +78,15 @@ def test_search(family: str) -> None:
     assert len(named) == (1 if family == "gemma" else 2)
     kl = {row["recipe"]: row["kl"] for row in rows if row["text"] == "one"}
     assert kl["K4 V4"] < kl[searched[0]["recipe"]] < kl["K2 V2"]
+
+
+def test_variants_clip_two_bits_alone() -> None:
+    base = KIVI2_V_ROTATED
+    for recipe in bit_search.variants(base, 64):
+        clips = [recipe.fields.get(f"{part}_clip", 100) for part in ("k", "v")]
+        bits = [recipe.fields[f"{part}_bits"] for part in ("k", "v")]
+        assert [clip < 100 for clip in clips] == [count == 2 for count in bits]
+    assert {r.name for r in bit_search.variants(KIVI2, 64)} >= {"K2 V2", "K4 V2", "K2 V4", "K4 V4"}
 
 
 def test_distributions(tmp_path: Path) -> None:
