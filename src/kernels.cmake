@@ -26,7 +26,7 @@ set(BITDECODING_KERNEL_TABLE
   "decode_sm80   *          n16         255      0       0"   #   8 warps; head_dim 256: of 8 columns each
   "decode_sm80   *_c_d128   n16         255     16       0"   #   spills
   "decode_sm80   *_t_d128   n16         255    128       0"   #   spills
-  "decode_sm80   *_b_d128   n16         255    104       0"   #   spills
+  "decode_sm80   *_b_d128   n16         255     96       0"   #   spills
   "decode_sm90   *          n4          168      0       0"   # decode for 9.0, bulk-copy rings: 12 warps
   "decode_sm90   *          n8          168      8       0"   #   spills
   "decode_sm90   *_b_d128   n8          168     24       0"   #   spills
@@ -35,7 +35,7 @@ set(BITDECODING_KERNEL_TABLE
   "decode_sm90   *          n16         255      0       0"   #   8 warps; head_dim 256: of 8 columns each
   "decode_sm90   *_c_d128   n16         255     24       0"   #   spills
   "decode_sm90   *_t_d128   n16         255    136       0"   #   spills
-  "decode_sm90   *_b_d128   n16         255    104       0"   #   spills
+  "decode_sm90   *_b_d128   n16         255    112       0"   #   spills
   "decode_sm90   *_c_d128   n32         168      0       0"   #   wgmma: 3 warpgroups; not for blocks
   "decode_sm90   *_t_d128   n32         168      0       0"
   "decode_sm90   *_c_d64    n32         168      8       0"   #   spills

@@ -6,6 +6,8 @@
 // of the output row; zones come after the packed items and find O already true.
 #pragma once
 
+#include <type_traits>
+
 #include "bitdecoding/decode/halves/fragments.cuh"
 #include "bitdecoding/decode/values.cuh"
 
@@ -190,7 +192,7 @@ __device__ void add_zeros_of_weights(const WeightTensor<S, kChunkBlocks>& weight
 // power of two 2^-shift, of the weights, is made up for by the scales: neither p nor p * scale
 // overflows fp16, and tokens far below a sink keep their bits.
 template <Halves S, class Groups, class Page>
-  requires(Groups::kMostValueGroups > 1)
+  requires(!std::is_same_v<Groups, WholeGroups<S::head_dim>>)
 __device__ void add_values(const Page& page, const Groups& groups,
                            const ScoreTensor<S, kChunkBlocks>& tSrP, int exponent, int lane,
                            Output<S, Groups>& output) {
