@@ -24,7 +24,7 @@ from decode_cases import (
     queries,
 )
 from measure import machine
-from results import Results, Row, save
+from results import Results, Row, load, save
 from rich.console import Console
 from rich.table import Table
 from shapes import Case
@@ -95,6 +95,22 @@ def print_row(row: Row) -> None:
     Console(width=140).print(table)
 
 
+def kept(facts: Row, args: argparse.Namespace) -> list[Row]:
+    """With --add, the output's rows but for those that are profiled anew.
+
+    Raises ValueError where they come from other code or another machine."""
+    if not args.add or not args.output.exists():
+        return []
+    before = load(args.output)
+    for name in ("gpu", "driver", "ncu", "commit", "sources"):
+        if before.facts[name] != facts[name]:
+            raise ValueError(
+                f"--add: {name} of {args.output} = {before.facts[name]}; allowed: {facts[name]}"
+            )
+    anew = {(str(case), str(fmt)) for case in args.cases for fmt in args.formats}
+    return [row for row in before.rows if (row["case"], row["format"]) not in anew]
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="profile.py", description=__doc__)
     for name, count, parse, default, metavar in (
@@ -113,10 +129,16 @@ def arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--ncu", help="Nsight Compute's command line; default: ncu of PATH")
     parser.add_argument("--output", type=Path, help="write the rows as JSON, after every launch")
+    parser.add_argument(
+        "--add", action="store_true",
+        help="to what the output holds: its rows of other cases and formats stay",
+    )  # fmt: skip
     parser.add_argument("--launch-to", type=Path, help=argparse.SUPPRESS)  # this is the child
     args = parser.parse_args()
     if {case.head_dim for case in args.cases} != {fmt.head_dim for fmt in args.formats}:
         parser.error("--formats: allowed: those of the cases' head_dim")
+    if args.add and args.output is None:
+        parser.error("--add: allowed: with --output")
     if args.launch_to is None:
         args.ncu = args.ncu or shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
         if args.ncu is None:
@@ -132,7 +154,10 @@ def main() -> None:
         return
     told = subprocess.run([args.ncu, "--version"], capture_output=True, text=True).stdout
     facts = machine() | {"ncu": ncu_report.version(told)}
-    rows: list[Row] = []
+    try:
+        rows = kept(facts, args)
+    except ValueError as error:
+        sys.exit(str(error))
     for case in args.cases:
         for fmt in args.formats:
             try:

@@ -139,6 +139,20 @@ def test_rows(ncu: Any, profile: Any, tmp_path: Path) -> None:
         profile.profiled(case, fmt, zones, args)
 
 
+def test_add(profile: Any, tmp_path: Path) -> None:
+    """Rows of other cases stay; a file of other code is refused."""
+    output = tmp_path / "rows.json"
+    facts = {"gpu": "H200", "driver": "1", "ncu": "2", "commit": "abc", "sources": {"src": "1"}}
+    rows = [{"case": case, "format": INT4} for case in ("1x8x4@8192", "8x8x4@8192")]
+    profile.save(output, profile.Results(facts, rows))
+    args = Namespace(add=True, output=output, cases=["8x8x4@8192"], formats=[INT4])
+    assert profile.kept(facts, args) == rows[:1]
+    with pytest.raises(ValueError, match=r"--add: commit of .* = abc; allowed: def"):
+        profile.kept(facts | {"commit": "def"}, args)
+    args.add = False
+    assert profile.kept(facts, args) == []
+
+
 def test_script(torch: Any) -> None:
     """It is a program, and whoever imports the standard library's module of its name gets that."""
     pytest.importorskip("rich")
