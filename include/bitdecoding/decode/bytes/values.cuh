@@ -83,6 +83,16 @@ __device__ inline float sum_of_weights(const WeightBytes& tOrP) {
   return static_cast<float>(static_cast<int>(sums(0) * 256 + sums(1)));
 }
 
+// NaN where one of a lane's rows has a NaN for a scale, else 0: as an integer a P' loses it.
+__device__ inline float lost_nan(const RowValues& scales) {
+  const __half2 zero = __float2half2_rn(0.f);
+  __half2 sum = zero;
+  for (const std::uint32_t word : {scales.bits.x, scales.bits.y, scales.bits.z, scales.bits.w}) {
+    sum = __hfma2(as_half2(word), zero, sum);
+  }
+  return __low2float(sum) + __high2float(sum);
+}
+
 // O^T (a part of the channels) += factor * codes times P'.
 template <Bytes S, class Page, class Groups>
 __device__ void add_part(const Page& page, int part, const WeightBytes& tOrP, float factor,
@@ -138,7 +148,7 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
       const RowValues scales = value_scales<S>(page, group, lane / 4);
       if constexpr (S::page.has_blocks()) {
         make_weights<S>(scales, tSrS, tOrP);
-        output.zero_sum_of(part)(0) += factor * kZeroOfWeight<S> * sum_of_weights(tOrP);
+        output.zero_sum_of(part)(0) += factor * kZeroOfWeight<S> * (sum_of_weights(tOrP) + lost_nan(scales));
       } else {
         const RowValues zeros{page.v_token_vectors(group)(lane / 4, 1)};
         output.zero_sum_of(part)(0) += factor * sum_of_zeros<S>(zeros, tSrS, 0);
