@@ -292,8 +292,9 @@ class WindowLayer(SixteenBitLayer, DynamicSlidingWindowLayer):  # type: ignore[m
         return _sdpa(module, query, new, mask, scale)
 
     def fill(self, source: CacheLayerMixin, attention_mask: torch.Tensor | None) -> None:
+        seen = self.cumulative_length + source.get_seq_length()  # more than both still hold
         self.update(source.keys, source.values)
-        self.cumulative_length = source.get_seq_length()  # more than it still holds
+        self.cumulative_length = seen
 
     def reset(self) -> None:
         super().reset()

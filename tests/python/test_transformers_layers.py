@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,6 +145,28 @@ def test_fill_and_reset(gemma: Any) -> None:
     forward(gemma, ids[:1, :260], filled)  # another batch
     again = forward(gemma, ids[:1, 260:], filled)
     assert (again - logits[1][:1]).abs().max() < FLIPS * logits[1].std()
+
+
+@pytest.mark.parametrize("first", [20, 120])
+def test_fill_behind_tokens_of_its_own(gemma: Any, first: int) -> None:
+    """Windows count the columns from before: a mask begins where a layer's keys do."""
+    ids = tokens(1, 160)
+    cache, whole = (
+        LowBitCache(gemma.config, keep_last=EVERYTHING),
+        LowBitCache(gemma.config, "16-bit"),
+    )
+    forward(gemma, ids[:, :first], cache)
+    forward(gemma, ids[:, :150], whole)
+    later = 150 - first
+
+    def newest(layer: Any) -> SimpleNamespace:
+        keys, values = (x[:, :, -later:] for x in (layer.keys, layer.values))
+        return SimpleNamespace(keys=keys, values=values, get_seq_length=lambda: later)
+
+    cache.fill(SimpleNamespace(layers=list(map(newest, whole.layers))))
+    assert [layer.get_seq_length() for layer in cache.layers] == [150] * 3
+    found, expected = (forward(gemma, ids[:, 150:], filled) for filled in (cache, whole))
+    assert (found - expected).abs().max() < FP16 * expected.std()
 
 
 @pytest.mark.parametrize(
