@@ -60,7 +60,8 @@ class LowBitCache(Cache):  # type: ignore[misc]
     max_tokens  room per sequence; None grows with the text, a quarter ahead of it
     keep_first, keep_last   first and newest tokens of a sequence that stay in 16 bit
     k_means     per layer of the model a mean of its keys after their rotary embedding (Hkv, D), or
-                None: taken from the keys on their way to the pages, which attention doesn't see
+                None: taken from the keys on their way to the pages, which attention doesn't see; of
+                a layer in 16 bit nothing is taken
     threads     of the CPU backend; 0 = all cores; on CUDA only 0
 
     For inference: no gradients pass through it. Every layer is on the device of its keys. On CUDA a
@@ -98,10 +99,8 @@ class LowBitCache(Cache):  # type: ignore[misc]
         if max_tokens is not None:
             max_tokens = count("max_tokens", max_tokens, least=1)
 
-        if k_means is None:
-            k_means = [None] * len(kinds)
-        elif len(k_means) != len(kinds):
-            raise ValueError(f"k_means = {len(k_means)}; the model has {len(kinds)} layers")
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        means = _layer_means(k_means, len(kinds), (kv_heads, head_dim))
 
         def layer(kind: str, format: KvFormat | None, mean: torch.Tensor | None) -> Any:
             if kind == _SLIDING:
@@ -112,7 +111,7 @@ class LowBitCache(Cache):  # type: ignore[misc]
             own = settings if mean is None else {**settings, "k_mean": mean}
             return LowBitLayer(format, self._columns, workspaces, max_tokens, threads, own)
 
-        super().__init__(layers=list(map(layer, kinds, self.formats, k_means)))
+        super().__init__(layers=list(map(layer, kinds, self.formats, means)))
 
     @property
     def nbytes(self) -> int:
@@ -244,6 +243,30 @@ def _layer_formats(format: Any, kinds: list[str], head_dim: int) -> list[KvForma
     else:
         given = [SIXTEEN_BIT if kind == _SLIDING else format for kind in kinds]
     return [None if f == SIXTEEN_BIT else resolve_format(f, head_dim) for f in given]
+
+
+def _layer_means(
+    means: Sequence[torch.Tensor | None] | None, layers: int, shape: tuple[int, int]
+) -> Sequence[torch.Tensor | None]:
+    """K's mean of every layer. Refused here: a first prompt would fill other layers before."""
+    if means is None:
+        return [None] * layers
+    if len(means) != layers:
+        raise ValueError(f"k_means = {len(means)}; the model has {layers} layers")
+    for index, mean in enumerate(means):
+        if mean is None:
+            continue
+        allowed = f"allowed: None, or a tensor (num_kv_heads, head_dim) = {shape}"
+        if not isinstance(mean, torch.Tensor):
+            raise TypeError(f"k_means of layer {index} = {type(mean).__name__}; {allowed}")
+        if tuple(mean.shape) != shape:
+            raise ValueError(f"k_means of layer {index}: shape {tuple(mean.shape)}; {allowed}")
+        if not bool(mean.to(torch.float16).isfinite().all()):
+            largest = float(mean.abs().max())
+            raise ValueError(
+                f"k_means of layer {index}: largest magnitude {largest}; allowed: finite in float16"
+            )
+    return means
 
 
 AttentionInterface.register(ATTENTION, low_bit_attention)
