@@ -286,6 +286,8 @@ class SixteenBitLayer(_GrowsOnly, DynamicLayer):  # type: ignore[misc]
 class WindowLayer(SixteenBitLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """transformers' sliding layer, with its own mask: (B, 1, S, columns), or None for causal."""
 
+    cumulative_length: int
+
     def attend(
         self, module: Any, query: torch.Tensor, new: NewTokens, mask: Any, scale: float
     ) -> torch.Tensor:
