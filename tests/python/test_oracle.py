@@ -29,7 +29,8 @@ def test_worked_example(example: str) -> None:
     k = ((13 * token + 29 * channel + token * channel) % 251 - 125) / 8
     k = np.where(token < 4, 16, 1) * k
     v = ((7 * token + 31 * channel + 3 * token * channel) % 127 - 63) / 16
-    page = oracle.quantize_page(f, oracle.to_half(k), oracle.to_half(v), first_tokens)
+    arrived = oracle.arrived(k, f.k_rotation), oracle.arrived(v, f.v_rotation)
+    page = oracle.quantize_page(f, *arrived, first_tokens)
     record = oracle.write_page(f, page)
     assert sizes.split()[:2] == ["bytes", str(len(record))]
     assert int(sizes.split()[3], 16) == zlib.crc32(record.tobytes())
