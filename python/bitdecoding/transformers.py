@@ -118,12 +118,39 @@ class LowBitCache(Cache):  # type: ignore[misc]
         """Bytes allocated by all layers: pages, 16-bit zones, tables, K and V of 16-bit layers."""
         return sum(layer.nbytes for layer in self.layers)
 
+    def update(
+        self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """As transformers' caches. Raises ValueError where an earlier step failed between layers:
+        those before have its tokens, the others don't."""
+        if layer_idx == 0:
+            held = {layer.get_seq_length() for layer in self.layers}
+            if len(held) > 1:
+                raise ValueError(
+                    f"tokens of the layers = {sorted(held)}; allowed: the same in all. "
+                    "A step failed halfway: reset() the cache"
+                )
+        found: tuple[Any, Any] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return found
+
     def fill(self, past: Cache, attention_mask: torch.Tensor | None = None) -> None:
         """Appends everything that a 16-bit cache holds (after a prefill done elsewhere).
 
         past            layers[i].keys, .values (B, Hkv, S, D), for example a DynamicCache
         attention_mask  (B, columns so far + S) where rows are left-padded
+
+        Raises ValueError before anything is written where past holds nothing of a layer.
         """
+        if len(past.layers) != len(self.layers):
+            raise ValueError(f"past: {len(past.layers)} layers; allowed: {len(self.layers)}")
+        for index, source in enumerate(past.layers):
+            if getattr(source, "keys", None) is None:
+                raise ValueError(
+                    f"past: layer {index}, {type(source).__name__}, has no keys; allowed: a filled "
+                    "16-bit cache, for example a DynamicCache"
+                )
         for layer, source in zip(self.layers, past.layers, strict=True):
             layer.fill(source, attention_mask)
 

@@ -168,6 +168,30 @@ def test_fill_behind_tokens_of_its_own(gemma: Any, first: int) -> None:
     assert (found - expected).abs().max() < FP16 * expected.std()
 
 
+@pytest.mark.parametrize("layers", [slice(0), slice(2)])
+def test_fill_from_what_holds_nothing(gemma: Any, layers: slice) -> None:
+    past, cache = (LowBitCache(gemma.config, "16-bit") for _ in range(2))
+    with pytest.raises(ValueError, match="past: layer 0, WindowLayer, has no keys"):
+        cache.fill(past)
+    forward(gemma, tokens(1, 9), past)
+    past.layers = past.layers[layers]
+    with pytest.raises(ValueError, match=r"past: \d layers; allowed: 3"):
+        cache.fill(past)
+    assert cache.get_seq_length() == 0
+
+
+def test_no_step_follows_one_that_failed_halfway(gemma: Any) -> None:
+    """The window layer has taken the tokens that the packed one behind it refuses."""
+    cache = LowBitCache(gemma.config, "int4", max_tokens=110)
+    forward(gemma, tokens(1, 100), cache)
+    with pytest.raises(ValueError, match="tokens of a row = 120; allowed: at most 110"):
+        forward(gemma, tokens(1, 20), cache)
+    with pytest.raises(ValueError, match=r"tokens of the layers = \[100, 120\].*reset"):
+        forward(gemma, tokens(1, 5), cache)
+    cache.reset()
+    forward(gemma, tokens(1, 5), cache)
+
+
 @pytest.mark.parametrize(
     ("format", "message"),
     [
