@@ -286,14 +286,17 @@ class SixteenBitLayer(_GrowsOnly, DynamicLayer):  # type: ignore[misc]
 class WindowLayer(SixteenBitLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """transformers' sliding layer, with its own mask: (B, 1, S, columns), or None for causal."""
 
+    cumulative_length: int
+
     def attend(
         self, module: Any, query: torch.Tensor, new: NewTokens, mask: Any, scale: float
     ) -> torch.Tensor:
         return _sdpa(module, query, new, mask, scale)
 
     def fill(self, source: CacheLayerMixin, attention_mask: torch.Tensor | None) -> None:
+        seen = self.cumulative_length + source.get_seq_length()  # more than both still hold
         self.update(source.keys, source.values)
-        self.cumulative_length = source.get_seq_length()  # more than it still holds
+        self.cumulative_length = seen
 
     def reset(self) -> None:
         super().reset()

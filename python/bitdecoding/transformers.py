@@ -60,7 +60,8 @@ class LowBitCache(Cache):  # type: ignore[misc]
     max_tokens  room per sequence; None grows with the text, a quarter ahead of it
     keep_first, keep_last   first and newest tokens of a sequence that stay in 16 bit
     k_means     per layer of the model a mean of its keys after their rotary embedding (Hkv, D), or
-                None: taken from the keys on their way to the pages, which attention doesn't see
+                None: taken from the keys on their way to the pages, which attention doesn't see; of
+                a layer in 16 bit nothing is taken
     threads     of the CPU backend; 0 = all cores; on CUDA only 0
 
     For inference: no gradients pass through it. Every layer is on the device of its keys. On CUDA a
@@ -98,10 +99,8 @@ class LowBitCache(Cache):  # type: ignore[misc]
         if max_tokens is not None:
             max_tokens = count("max_tokens", max_tokens, least=1)
 
-        if k_means is None:
-            k_means = [None] * len(kinds)
-        elif len(k_means) != len(kinds):
-            raise ValueError(f"k_means = {len(k_means)}; the model has {len(kinds)} layers")
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        means = _layer_means(k_means, len(kinds), (kv_heads, head_dim))
 
         def layer(kind: str, format: KvFormat | None, mean: torch.Tensor | None) -> Any:
             if kind == _SLIDING:
@@ -112,19 +111,46 @@ class LowBitCache(Cache):  # type: ignore[misc]
             own = settings if mean is None else {**settings, "k_mean": mean}
             return LowBitLayer(format, self._columns, workspaces, max_tokens, threads, own)
 
-        super().__init__(layers=list(map(layer, kinds, self.formats, k_means)))
+        super().__init__(layers=list(map(layer, kinds, self.formats, means)))
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated by all layers: pages, 16-bit zones, tables, K and V of 16-bit layers."""
         return sum(layer.nbytes for layer in self.layers)
 
+    def update(
+        self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """As transformers' caches. Raises ValueError where an earlier step failed between layers:
+        those before have its tokens, the others don't."""
+        if layer_idx == 0:
+            held = {layer.get_seq_length() for layer in self.layers}
+            if len(held) > 1:
+                raise ValueError(
+                    f"tokens of the layers = {sorted(held)}; allowed: the same in all. "
+                    "A step failed halfway: reset() the cache"
+                )
+        found: tuple[Any, Any] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return found
+
     def fill(self, past: Cache, attention_mask: torch.Tensor | None = None) -> None:
         """Appends everything that a 16-bit cache holds (after a prefill done elsewhere).
 
         past            layers[i].keys, .values (B, Hkv, S, D), for example a DynamicCache
         attention_mask  (B, columns so far + S) where rows are left-padded
+
+        Raises ValueError before anything is written where past holds nothing of a layer.
         """
+        if len(past.layers) != len(self.layers):
+            raise ValueError(f"past: {len(past.layers)} layers; allowed: {len(self.layers)}")
+        for index, source in enumerate(past.layers):
+            if getattr(source, "keys", None) is None:
+                raise ValueError(
+                    f"past: layer {index}, {type(source).__name__}, has no keys; allowed: a filled "
+                    "16-bit cache, for example a DynamicCache"
+                )
         for layer, source in zip(self.layers, past.layers, strict=True):
             layer.fill(source, attention_mask)
 
@@ -244,6 +270,30 @@ def _layer_formats(format: Any, kinds: list[str], head_dim: int) -> list[KvForma
     else:
         given = [SIXTEEN_BIT if kind == _SLIDING else format for kind in kinds]
     return [None if f == SIXTEEN_BIT else resolve_format(f, head_dim) for f in given]
+
+
+def _layer_means(
+    means: Sequence[torch.Tensor | None] | None, layers: int, shape: tuple[int, int]
+) -> Sequence[torch.Tensor | None]:
+    """K's mean of every layer. Refused here: a first prompt would fill other layers before."""
+    if means is None:
+        return [None] * layers
+    if len(means) != layers:
+        raise ValueError(f"k_means = {len(means)}; the model has {layers} layers")
+    for index, mean in enumerate(means):
+        if mean is None:
+            continue
+        allowed = f"allowed: None, or a tensor (num_kv_heads, head_dim) = {shape}"
+        if not isinstance(mean, torch.Tensor):
+            raise TypeError(f"k_means of layer {index} = {type(mean).__name__}; {allowed}")
+        if tuple(mean.shape) != shape:
+            raise ValueError(f"k_means of layer {index}: shape {tuple(mean.shape)}; {allowed}")
+        if not bool(mean.to(torch.float16).isfinite().all()):
+            largest = float(mean.abs().max())
+            raise ValueError(
+                f"k_means of layer {index}: largest magnitude {largest}; allowed: finite in float16"
+            )
+    return means
 
 
 AttentionInterface.register(ATTENTION, low_bit_attention)

@@ -236,6 +236,21 @@ TEST_CASE("bytes equal the CPU backend's, in steps of any size") {
   }
 }
 
+TEST_CASE("what a mean that isn't finite spoils, it spoils on both") {
+  std::mt19937 random(first_seed());
+  for (const int rotation : {0, 16, 64}) {
+    const KvFormat f{
+        .k_group = 32, .v_group = 64, .page_tokens = 64, .head_dim = 64, .k_rotation = rotation};
+    CAPTURE(rotation);
+    CacheBox box(f, {kBatch, kHeads, 600, 16, 20, 8, true});
+    auto* mean = reinterpret_cast<std::uint16_t*>(box.mean.data());
+    mean[3] = 0x7c00;   // inf
+    mean[20] = 0xfc00;  // -inf
+    mean[f.head_dim + 40] = 0x7e01;
+    check_steps(box, Inputs(ElementType::f16, f.head_dim, 3), {200, 1, 90}, random);
+  }
+}
+
 TEST_CASE("token by token over page boundaries, after a rollback, and around the ring") {
   std::mt19937 random(first_seed());
   const KvFormat f{.k_group = 32, .v_group = 64, .page_tokens = 64, .head_dim = 64};

@@ -35,8 +35,9 @@ def scattered_cache(
     rows = keep_first + tail_tokens
     side = np.full((batch + 2, heads, 2, rows, f.head_dim), 0xFFFF, np.uint16)
     mean = None
-    if f.k_rotation:
-        mean = (2 * rng.standard_normal((heads, f.head_dim))).astype(np.float16)
+    if f.k_rotation:  # the same wherever pages lie: such caches are compared
+        shape = (heads, f.head_dim)
+        mean = (2 * np.random.default_rng(f.head_dim).standard_normal(shape)).astype(np.float16)
     return PagedKvCache.wrap(
         f,
         pool=np.full((batch * pages + 3, heads, f.page_bytes()), 0xFF, np.uint8),

@@ -77,6 +77,10 @@ def warm_up(cache: PagedKvCache, inputs: Inputs) -> None:
         (FORMATS[2], (0, 0), "float16", 2, 1),
         (FORMATS[3], (64, 200), "bfloat16", 1, 4),
         (FORMATS[5], (16, 0), "float16", 3, 1),
+        (FORMATS[7], (16, 64), "float16", 1, 1),  # blocks
+        (FORMATS[9], (5, 30), "bfloat16", 2, 3),  # head_dim 256
+        (FORMATS[10], (16, 64), "float16", 1, 1),  # rotations, and with K's a mean
+        (FORMATS[11], (0, 20), "bfloat16", 3, 1),
     ],
     ids=str,
 )

@@ -96,18 +96,19 @@ def test_a_mean_of_k_and_rotations() -> None:
 def arguments_of(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     ours = filled()
     k, v, counts, q = inputs(5, 128)
+    mean = torch.ones(H, F.head_dim, dtype=torch.float16)
     if name == "append":
-        mean = torch.zeros(H, F.head_dim, dtype=torch.float16)
         runs = {"num_tokens": counts, "max_tokens": 700, "k_mean": mean}
         return (k, v), {**ours.append_arguments(), **runs}
     if name == "pack":
         tensors = torch_ops.tensors_of(ours.cache)
         return (k, v, tensors["pool"], tensors["block_table"][:, :1].clone(), None), {
-            "format": str(F)
+            "format": str(F),
+            "k_mean": mean,
         }
     lse = torch.zeros(B, H * GROUP, 128)
     before = (q,) if name == "decode" else (q, torch.zeros_like(q), lse)
-    return before, {**ours.decode_arguments(), "softmax_scale": 0.2}
+    return before, {**ours.decode_arguments(), "softmax_scale": 0.2, "k_mean": mean}
 
 
 @pytest.mark.parametrize("name", ["append", "decode", "decode_into", "pack"])

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from tiny_models import (  # noqa: E402
     tokens,
 )  # fmt: skip
 
-from bitdecoding import KvFormat, PagedKvCache  # noqa: E402
+from bitdecoding import KvFormat  # noqa: E402
 from bitdecoding.cache_layers import LowBitLayer, SixteenBitLayer, WindowLayer  # noqa: E402
 from bitdecoding.transformers import ATTENTION, LowBitCache  # noqa: E402
 
@@ -146,6 +146,52 @@ def test_fill_and_reset(gemma: Any) -> None:
     assert (again - logits[1][:1]).abs().max() < FLIPS * logits[1].std()
 
 
+@pytest.mark.parametrize("first", [20, 120])
+def test_fill_behind_tokens_of_its_own(gemma: Any, first: int) -> None:
+    """Windows count the columns from before: a mask begins where a layer's keys do."""
+    ids = tokens(1, 160)
+    cache, whole = (
+        LowBitCache(gemma.config, keep_last=EVERYTHING),
+        LowBitCache(gemma.config, "16-bit"),
+    )
+    forward(gemma, ids[:, :first], cache)
+    forward(gemma, ids[:, :150], whole)
+    later = 150 - first
+
+    def newest(layer: Any) -> SimpleNamespace:
+        keys, values = (x[:, :, -later:] for x in (layer.keys, layer.values))
+        return SimpleNamespace(keys=keys, values=values, get_seq_length=lambda: later)
+
+    cache.fill(SimpleNamespace(layers=list(map(newest, whole.layers))))
+    assert [layer.get_seq_length() for layer in cache.layers] == [150] * 3
+    found, expected = (forward(gemma, ids[:, 150:], filled) for filled in (cache, whole))
+    assert (found - expected).abs().max() < FP16 * expected.std()
+
+
+@pytest.mark.parametrize("layers", [slice(0), slice(2)])
+def test_fill_from_what_holds_nothing(gemma: Any, layers: slice) -> None:
+    past, cache = (LowBitCache(gemma.config, "16-bit") for _ in range(2))
+    with pytest.raises(ValueError, match="past: layer 0, WindowLayer, has no keys"):
+        cache.fill(past)
+    forward(gemma, tokens(1, 9), past)
+    past.layers = past.layers[layers]
+    with pytest.raises(ValueError, match=r"past: \d layers; allowed: 3"):
+        cache.fill(past)
+    assert cache.get_seq_length() == 0
+
+
+def test_no_step_follows_one_that_failed_halfway(gemma: Any) -> None:
+    """The window layer has taken the tokens that the packed one behind it refuses."""
+    cache = LowBitCache(gemma.config, "int4", max_tokens=110)
+    forward(gemma, tokens(1, 100), cache)
+    with pytest.raises(ValueError, match="tokens of a row = 120; allowed: at most 110"):
+        forward(gemma, tokens(1, 20), cache)
+    with pytest.raises(ValueError, match=r"tokens of the layers = \[100, 120\].*reset"):
+        forward(gemma, tokens(1, 5), cache)
+    cache.reset()
+    forward(gemma, tokens(1, 5), cache)
+
+
 @pytest.mark.parametrize(
     ("format", "message"),
     [
@@ -160,9 +206,6 @@ def test_formats_that_do_not_fit_the_layers(gemma: Any, format: Any, message: st
         LowBitCache(gemma.config, format)
 
 
-@pytest.mark.skipif(
-    "k_mean" not in inspect.signature(PagedKvCache).parameters, reason="no means of K in this build"
-)
 def test_means_of_k_change_nothing_but_rounding() -> None:
     model, ids = make_model((8, 2, 128)), tokens(2, 300)
     means = [torch.full((2, 128), 0.25), None]
@@ -178,6 +221,33 @@ def test_means_of_k_change_nothing_but_rounding() -> None:
     assert not torch.equal(
         torch.as_tensor(plain.layers[0].cache.side), torch.as_tensor(centred.layers[0].cache.side)
     )
+
+
+@pytest.mark.parametrize("format", [INT2, f"{INT2}_kr128_vr64", "k4v2_b32_v32_p64_d128_kr64"])
+def test_means_stay_while_a_cache_grows(format: str) -> None:
+    model, ids = make_model((8, 2, 128)), tokens(2, 500)
+    means = list(3 * torch.randn(2, 2, 128, generator=torch.Generator().manual_seed(2)))
+    cache = LowBitCache(model.config, format, k_means=means, keep_last=EVERYTHING)
+    found = [forward(model, part, cache) for part in ids.split([10, 50, 1, 439], 1)]
+    model.set_attn_implementation("sdpa")
+    expected = forward(model, ids, None)
+    assert (torch.cat(found, 1) - expected).abs().max() < FP16 * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "message"),
+    [
+        ([0.0] * 128, TypeError, r"k_means of layer 1 = list; allowed: .* = \(1, 128\)"),
+        (torch.zeros(4, 128), ValueError, r"layer 1: shape \(4, 128\); allowed: .* = \(1, 128\)"),
+        (torch.full((1, 128), 7e4), ValueError, "layer 1: largest magnitude 70000.0; allowed"),
+        (torch.full((1, 128), torch.nan), ValueError, "layer 1: largest magnitude nan; allowed"),
+    ],
+)
+def test_means_are_checked_at_once(
+    gemma: Any, mean: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        LowBitCache(gemma.config, k_means=[None, mean, None])
 
 
 def test_as_many_means_as_layers(gemma: Any) -> None:

@@ -144,11 +144,15 @@ __device__ inline uint4 narrow_piece(const float* x) {
   }
   return piece;
 }
+// An infinity of the mean stays one, and spoils the block.
 __device__ inline void subtract_mean(const uint4& mean, float* x) {
-  float values[8];
-  widen_piece(mean, values);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = __fsub_rn(x[i], values[i]);
+  for (const unsigned pair : {mean.x, mean.y, mean.z, mean.w}) {
+    const float2 values = __half22float2(reinterpret_cast<const __half2&>(pair));
+    x[0] = __fsub_rn(x[0], values.x);
+    x[1] = __fsub_rn(x[1], values.y);
+    x += 2;
+  }
 }
 
 // format::transform of the tokens of sX (N,D) from `first` on, in place. Eight neighbours have a
