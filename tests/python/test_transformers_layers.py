@@ -151,7 +151,7 @@ def test_fill_and_reset(gemma: Any) -> None:
     [
         (["int4"], "formats = 1; the model has 3 layers"),
         (["int4", "int4", None], "layer 0 = int4; allowed: '16-bit'"),
-        ([None, "int3", None], "int3"),
+        ([None, "int5", None], "int5"),
         ([None, "k4v4_c64_v64_p64_d64", None], "head_dim"),
     ],
 )
