@@ -24,6 +24,7 @@ from tiny_models import (  # noqa: E402
 
 from bitdecoding import KvFormat, PagedKvCache  # noqa: E402
 from bitdecoding.cache_layers import LowBitLayer, SixteenBitLayer, WindowLayer  # noqa: E402
+from bitdecoding.recipes import RECIPES  # noqa: E402
 from bitdecoding.transformers import ATTENTION, LowBitCache  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -158,6 +159,18 @@ def test_fill_and_reset(gemma: Any) -> None:
 def test_formats_that_do_not_fit_the_layers(gemma: Any, format: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LowBitCache(gemma.config, format)
+
+
+def test_a_recipe_with_edges() -> None:
+    config = make_model().config
+    config.num_hidden_layers, config.layer_types = 4, None
+    cache = LowBitCache(config, "kivi-2-edges")
+    format = RECIPES["kivi-2-edges"].format(64)
+    assert cache.formats == [None, format, format, None]
+    with pytest.raises(ValueError, match="of 2 full-attention layers it leaves all in 16 bit"):
+        LowBitCache(make_model().config, "kivi-2-edges")
+    with pytest.raises(ValueError, match="format = 'kivi-2-edges': it leaves the first and last"):
+        LowBitCache(config, ["kivi-2-edges"] * 4)
 
 
 @pytest.mark.skipif(
