@@ -71,6 +71,7 @@ def test_key_means_are_those_of_a_cache(model: Any, implementation: str) -> None
         if layer.is_sliding:
             assert mean is None
             continue
+        assert mean is not None
         expected = layer.keys[:, :, 16:].mean(dim=(0, 2))
         assert mean.shape == expected.shape
         assert mean.dtype == torch.float16
