@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from bitdecoding.recipes import FULL_ATTENTION
-from bitdecoding.transformers import ATTENTION, SIXTEEN_BIT, LowBitCache, head_dim_of, layer_kinds
+from bitdecoding.transformers import ATTENTION, SIXTEEN_BIT, LowBitCache, layer_kinds
 
 import torch  # isort: skip  # after the line above, which says what to install
 from transformers.cache_utils import DynamicCache  # isort: skip
@@ -76,13 +76,9 @@ def fold_value_rotation(model: Any, block: int) -> None:
     between them, a norm of V say. Then nothing has been changed.
     """
     text = model.config.get_text_config(decoder=True)
-    head_dim = head_dim_of(text)
-    if block not in ROTATIONS or block > head_dim:
-        allowed = ", ".join(map(str, ROTATIONS))
-        raise ValueError(f"block = {block}; allowed: {allowed}, at most head_dim ({head_dim})")
     layers = model.get_decoder().layers
     found = [
-        _projections(index, layer, text, head_dim)
+        _projections(index, layer, text, block)
         for index, (kind, layer) in enumerate(zip(layer_kinds(text), layers, strict=True))
         if kind == FULL_ATTENTION
     ]
@@ -95,12 +91,16 @@ def fold_value_rotation(model: Any, block: int) -> None:
 
 
 def _projections(
-    index: int, layer: Any, text: Any, head_dim: int
+    index: int, layer: Any, text: Any, block: int
 ) -> tuple[torch.nn.Linear, torch.nn.Linear]:
     """v_proj and o_proj of a layer. Raises where a rotation of V doesn't pass between them."""
     attention = getattr(layer, "self_attn", None)
     if attention is None:
         _refuse(index, "has no self_attn")
+    head_dim = attention.head_dim
+    if block not in ROTATIONS or block > head_dim:
+        allowed = ", ".join(map(str, ROTATIONS))
+        raise ValueError(f"block = {block}; allowed: {allowed}, at most head_dim ({head_dim})")
     if getattr(text, "clip_qkv", None) is not None:
         _refuse(index, f"clips V (clip_qkv = {text.clip_qkv})")
     children = dict(attention.named_children())

@@ -62,9 +62,10 @@ class LowBitCache(Cache):  # type: ignore[misc]
     keep_first, keep_last   first and newest tokens of a sequence that stay in 16 bit; all recipes
                 of the library are meant with the defaults
     k_means     per layer of the model a mean of its keys after their rotary embedding (Hkv, D), or
-                None: taken from the keys on their way to the pages, which attention doesn't see;
-                bitdecoding.calibration.key_means finds them
+                None: taken from the keys on their way to the pages, which attention doesn't see
     threads     of the CPU backend; 0 = all cores; on CUDA only 0
+
+    bitdecoding.calibration.key_means finds such means, and folds V's rotation into the weights.
 
     For inference: no gradients pass through it. Every layer is on the device of its keys. On CUDA a
     float32 model's queries, keys and values become float16 on their way to the cache, and its
@@ -88,7 +89,9 @@ class LowBitCache(Cache):  # type: ignore[misc]
     ) -> None:
         text = config.get_text_config(decoder=True)
         kinds = layer_kinds(text)
-        self.formats = _layer_formats(format, kinds, head_dim_of(text))
+        heads = text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        self.formats = _layer_formats(format, kinds, head_dim)
         self._columns = Columns()
         workspaces: dict[str, Workspace] = {}  # layers run one after the other: one per device
         threads = count("threads", threads, least=0)
@@ -201,12 +204,6 @@ def low_bit_mask(
     ):
         return None
     return attention_mask
-
-
-def head_dim_of(config: Any) -> int:
-    """Channels of a head of a decoder's config."""
-    own = getattr(config, "head_dim", None)
-    return int(own or config.hidden_size // config.num_attention_heads)
 
 
 def layer_kinds(config: Any) -> list[str]:

@@ -132,6 +132,18 @@ def test_a_format_per_layer() -> None:
     assert [type(layer) for layer in mixed.layers] == [LowBitLayer, SixteenBitLayer]
 
 
+def test_a_recipe_with_edges() -> None:
+    config = make_model().config
+    config.num_hidden_layers, config.layer_types = 4, None
+    cache = LowBitCache(config, "kivi-2-edges")
+    format = RECIPES["kivi-2-edges"].format(64)
+    assert cache.formats == [None, format, format, None]
+    with pytest.raises(ValueError, match="of 2 full-attention layers it leaves all in 16 bit"):
+        LowBitCache(make_model().config, "kivi-2-edges")
+    with pytest.raises(ValueError, match="format = 'kivi-2-edges': it leaves the first and last"):
+        LowBitCache(config, ["kivi-2-edges"] * 4)
+
+
 def test_fill_and_reset(gemma: Any) -> None:
     ids = tokens(2, 300)
     past = LowBitCache(gemma.config, "16-bit")
@@ -159,18 +171,6 @@ def test_fill_and_reset(gemma: Any) -> None:
 def test_formats_that_do_not_fit_the_layers(gemma: Any, format: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LowBitCache(gemma.config, format)
-
-
-def test_a_recipe_with_edges() -> None:
-    config = make_model().config
-    config.num_hidden_layers, config.layer_types = 4, None
-    cache = LowBitCache(config, "kivi-2-edges")
-    format = RECIPES["kivi-2-edges"].format(64)
-    assert cache.formats == [None, format, format, None]
-    with pytest.raises(ValueError, match="of 2 full-attention layers it leaves all in 16 bit"):
-        LowBitCache(make_model().config, "kivi-2-edges")
-    with pytest.raises(ValueError, match="format = 'kivi-2-edges': it leaves the first and last"):
-        LowBitCache(config, ["kivi-2-edges"] * 4)
 
 
 @pytest.mark.skipif(
