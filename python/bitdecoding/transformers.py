@@ -65,7 +65,7 @@ class LowBitCache(Cache):  # type: ignore[misc]
                 None: taken from the keys on their way to the pages, which attention doesn't see
     threads     of the CPU backend; 0 = all cores; on CUDA only 0
 
-    bitdecoding.calibration.key_means finds such means, and folds V's rotation into the weights.
+    bitdecoding.calibration finds means of K and folds rotations of V into a model's weights.
 
     For inference: no gradients pass through it. Every layer is on the device of its keys. On CUDA a
     float32 model's queries, keys and values become float16 on their way to the cache, and its
