@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bitdecoding import build_info
+from bitdecoding import KvFormat, build_info
 from bitdecoding.arrays import LARGEST
 from bitdecoding.demo import DemoOptions, run_demo
 from bitdecoding.demo_assets import DemoError
@@ -116,9 +116,9 @@ def _info(options: argparse.Namespace) -> int:
     for line in _gpus():
         print(f"{'gpu':<15}{line}")
     print_table(
-        ("name", "head_dim 64", "bits", "head_dim 128", "bits"),
-        [(name, *_describe(name, 64), *_describe(name, 128)) for name in RECIPES],
-        title="formats (bits per element with scales and zero-points)",
+        ("name", "format", "bits"),
+        [(name, *_describe(recipe.format(128))) for name, recipe in RECIPES.items()],
+        title="recipes for heads of 128 channels (bits per element with scales and zero-points)",
     )
     print("kernels")
     _print_kernels(facts["kernels"] or ["none (CPU only)"])
@@ -145,9 +145,8 @@ def _gpu(cuda: Any, index: int) -> str:
     return f"{cuda.get_device_name(index)} (compute capability {major}.{minor})"
 
 
-def _describe(name: str, head_dim: int) -> tuple[str, str]:
-    format = RECIPES[name].format(head_dim)
-    return str(format), f"{format.bits_per_element:.3f}"
+def _describe(format: KvFormat) -> tuple[str, str]:
+    return str(format), f"{format.bits_per_element:.2f}"
 
 
 def _plan(options: argparse.Namespace) -> int:

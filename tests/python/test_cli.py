@@ -44,7 +44,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert build_info()["compiler"] in out
     for name, recipe in RECIPES.items():
         assert f"{name} " in out
-        assert str(recipe.format(64)) in out
+        assert str(recipe.format(128)) in out
     assert f"format_version {build_info()['format_version']}\n" in out
     for kernel in build_info()["kernels"] or ["none (CPU only)"]:
         assert kernel in out
