@@ -2,6 +2,7 @@
 """The accuracy bench (benchmarks/accuracy/): recipes on real models and texts, through the cache.
 
 python benchmarks/accuracy.py --output benchmarks/results/accuracy_h200.json
+python benchmarks/accuracy.py --few              the recipes that bear on the targets
 python benchmarks/accuracy.py --reduced          SmolLM2, short, minutes on a CPU
 
 A file is resumed: what it has is not measured again. --models, --texts, --recipes and --kinds

@@ -3,6 +3,7 @@
 // every build.
 #include "bitdecoding/build_info.hpp"
 
+#include "bitdecoding/format/kv_format.hpp"
 #include "bitdecoding/version.hpp"
 #include "build_facts.hpp"
 #include "git_revision.hpp"
@@ -12,6 +13,7 @@ namespace bitdecoding {
 BuildInfo build_info() {
   return BuildInfo{
       .version = kVersion,
+      .format_version = kFormatVersion,
       .git = kGitRevision,
       .compiler = kCompiler,
       .cuda = kCudaCompiler,

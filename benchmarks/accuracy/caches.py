@@ -6,14 +6,13 @@ from __future__ import annotations
 from typing import Any
 
 from accuracy.recipes import Recipe
-from bitdecoding import KvFormat
+from bitdecoding import KvFormat, transformers
 from bitdecoding.cache_layers import LowBitLayer, WindowLayer
 from bitdecoding.transformers import LowBitCache
 
 
 def layer_kinds(config: Any) -> list[str]:
-    text = config.get_text_config(decoder=True)
-    return getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    return transformers.layer_kinds(config.get_text_config(decoder=True))
 
 
 def head_dim(config: Any) -> int:
@@ -31,12 +30,15 @@ def make(
     """A cache for so many tokens; None: 16-bit. keep_last: where it isn't the recipe's own."""
     if recipe is None:
         return LowBitCache(config, "16-bit")
+    if recipe.centred and recipe.k_means is None:
+        raise ValueError(f"{recipe.name}: k_means = None; a centred recipe wants its model's")
     return LowBitCache(
         config,
         formats_of(recipe, config),
         max_tokens=tokens,
         keep_first=recipe.keep_first,
         keep_last=recipe.keep_last if keep_last is None else keep_last,
+        k_means=recipe.k_means,
     )
 
 

@@ -8,6 +8,7 @@ import fnmatch
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from rich.progress import Progress
 import bitdecoding
 from accuracy import models, texts
 from accuracy.bench import KINDS, Bench, Sizes, Unit, available, key_of
-from accuracy.recipes import RECIPES, REDUCED, Recipe
+from accuracy.recipes import FEW, RECIPES, REDUCED, Recipe
+from bitdecoding.calibration import key_means
 
 NEEDLES = {"smollm2-135m": (1024, 4096, 8000), "gemma-3-270m": (1024, 4096, 16384)}
 REDUCED_TEXTS = ("novel", "code")
+MEAN_TOKENS = 2048  # of the calibration text, for means of K
 
 
 def sizes(name: str, args: argparse.Namespace) -> Sizes:
@@ -38,7 +41,7 @@ def sizes(name: str, args: argparse.Namespace) -> Sizes:
 
 def chosen(args: argparse.Namespace) -> list[Recipe]:
     """Recipes whose names match a pattern."""
-    patterns = args.recipes or (REDUCED if args.reduced else ["*"])
+    patterns = args.recipes or (FEW if args.few else REDUCED if args.reduced else ["*"])
     return [r for r in RECIPES.values() if any(fnmatch.fnmatch(r.name, p) for p in patterns)]
 
 
@@ -51,7 +54,15 @@ def bench_of(name: str, args: argparse.Namespace, console: Console) -> Bench:
     recipes, missing = available(chosen(args), loaded.model.config, args.device)
     for recipe, reason in missing.items():
         console.print(f"{name}: left out {recipe}: {reason}", markup=False)
-    return Bench(loaded.model, loaded.tokenizer, name, ids, recipes, size)
+    return Bench(loaded.model, loaded.tokenizer, name, ids, calibrated(recipes, loaded), size)
+
+
+def calibrated(recipes: Sequence[Recipe], loaded: models.Loaded) -> list[Recipe]:
+    """The recipes, those that are centred with their model's means of K."""
+    if not any(recipe.centred for recipe in recipes):
+        return list(recipes)
+    means = key_means(loaded.model, texts.calibration(loaded.tokenizer, MEAN_TOKENS)[None])
+    return [replace(recipe, k_means=means) if recipe.centred else recipe for recipe in recipes]
 
 
 def facts(device: str) -> dict[str, Any]:
@@ -93,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--models", nargs="+", choices=list(models.MODELS))
     found.add_argument("--texts", nargs="+", choices=list(texts.TEXTS))
     found.add_argument("--recipes", nargs="+", help="names or patterns such as 'kivi-2*'")
+    found.add_argument("--few", action="store_true", help="the recipes that bear on the targets")
     found.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     found.add_argument("--context", type=int, help="tokens of every text; default: all there are")
     found.add_argument("--reduced", action="store_true", help="SmolLM2, 640 tokens, few recipes")

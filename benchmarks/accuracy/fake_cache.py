@@ -37,19 +37,22 @@ def schemes(format: KvFormat) -> tuple[Scheme, Scheme]:
 
 
 class FakeLayer(SixteenBitLayer):
-    """Attends as if ``format`` had been packed."""
+    """Attends as if K and V had been packed by schemes, K less a mean (Hkv, D)."""
 
     def __init__(
-        self, k: Scheme, v: Scheme, page_tokens: int, keep_first: int, keep_last: int
+        self, recipe: Recipe, k: Scheme, v: Scheme, page_tokens: int, mean: torch.Tensor | None
     ) -> None:
         super().__init__()
-        self.k, self.v, self.page = k, v, page_tokens
-        self.keep_first, self.keep_last = keep_first, keep_last
+        self.k, self.v, self.page, self.mean = k, v, page_tokens, mean
+        self.keep_first, self.keep_last = recipe.keep_first, recipe.keep_last
 
     def attend(
         self, module: Any, query: torch.Tensor, new: NewTokens, mask: Any, scale: float
     ) -> torch.Tensor:
-        kept = [arrived(new.keys, self.k.rotation), arrived(new.values, self.v.rotation)]
+        kept = [
+            arrived(new.keys, self.k.rotation, self.mean),
+            arrived(new.values, self.v.rotation),
+        ]
         read = [
             fake_quantise(x, scheme, self.page, first)
             for x, scheme, first in zip(kept, (self.k, self.v), (self.keep_first, 0), strict=True)
@@ -83,12 +86,13 @@ def make(recipe: Recipe, config: Any) -> Cache:
     """For the attention implementation of LowBitCache."""
     layers: list[Any] = []
     formats = caches.formats_of(recipe, config)
-    for kind, format in zip(caches.layer_kinds(config), formats, strict=True):
+    means = recipe.k_means or [None] * len(formats)
+    for kind, format, mean in zip(caches.layer_kinds(config), formats, means, strict=True):
         if kind != "full_attention":
             layers.append(WindowLayer(config.get_text_config(decoder=True).sliding_window))
         elif format is None:
             layers.append(SixteenBitLayer())
         else:
-            page, zones = format.page_tokens, (recipe.keep_first, recipe.keep_last)
-            layers.append(FakeLayer(*schemes(format), page, *zones))
+            own = None if mean is None else mean.float()
+            layers.append(FakeLayer(recipe, *schemes(format), format.page_tokens, own))
     return Cache(layers=layers)

@@ -3,42 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bitdecoding import KvFormat
+from bitdecoding import recipes
 
-WHOLE = 0  # groups and rotations of all channels of a head, as far as formats go:
-MOST_CHANNELS = 128
-SIXTEEN_BIT = "16-bit"
+WHOLE = recipes.WHOLE
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """One way to hold the K and V of a model's full-attention layers."""
+class Recipe(recipes.Recipe):
+    """A recipe of the library and what the bench does with it. Names here say everything, so that
+    rows can be told apart."""
 
-    name: str
-    fields: Mapping[str, Any] = field(default_factory=dict)  # of KvFormat, but for head_dim
-    keep_first: int = 16
-    keep_last: int = 64
-    edges: int = 0  # so many first and so many last full-attention layers stay in 16 bit
     long: bool = False  # it also writes freely, which takes a step per token
-
-    def format(self, head_dim: int) -> KvFormat:
-        """Raises TypeError or ValueError where the library has no such format."""
-        given = dict(self.fields)
-        for name in ("v_group", "k_group", "k_rotation", "v_rotation"):
-            channels = name != "k_group" or given.get("k_axis") == "token"
-            if channels and name in given:
-                given[name] = min(given[name] or MOST_CHANNELS, MOST_CHANNELS, head_dim)
-        return KvFormat(**given, head_dim=head_dim)
-
-    def formats(self, kinds: list[str], head_dim: int) -> list[KvFormat | None]:
-        """What LowBitCache takes; kinds: of the model's layers, as its config names them."""
-        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-        packed = full[self.edges : len(full) - self.edges]
-        return [self.format(head_dim) if i in packed else None for i in range(len(kinds))]
+    k_means: Sequence[Any] | None = field(default=None, compare=False, repr=False)  # if centred
 
     def why_not(self, head_dim: int) -> str | None:
         """Why this build has no such recipe; None: it has."""
@@ -52,7 +32,7 @@ class Recipe:
 def kivi(name: str, bits: tuple[int, int], groups: tuple[int, int], **more: Any) -> Recipe:
     """K per channel, V per token; groups of K in tokens, of V in channels."""
     codes = {"k_bits": bits[0], "v_bits": bits[1], "k_group": groups[0], "v_group": groups[1]}
-    options = {k: more.pop(k) for k in ("keep_first", "keep_last", "edges", "long") if k in more}
+    options = {k: more.pop(k) for k in ("edges", "centred", "long") if k in more}
     return Recipe(name, {**codes, **more}, **options)
 
 
@@ -67,11 +47,13 @@ def with_zones(recipe: Recipe, first: int, last: int) -> Recipe:
 
 
 def clipped(recipe: Recipe, long: bool = False) -> Recipe:
-    """Two-bit codes divide less than the whole range: by CLIPS, found on one text of SmolLM2."""
+    """Two-bit codes divide less than the whole range: by CLIPS, found on one text of SmolLM2, where
+    the whole head of V are 64 channels."""
     found = dict(recipe.fields)
     for part in ("k", "v"):
         if found[f"{part}_bits"] == 2:
-            found[f"{part}_clip"] = CLIPS[found[f"{part}_group"] or 64]
+            group = found[f"{part}_group"]
+            found[f"{part}_clip"] = CLIPS[min(group, 64) if part == "v" else group]
     return replace(recipe, name=f"{recipe.name}, clipped", fields=found, long=long)
 
 
@@ -105,6 +87,7 @@ PLAIN = (
 )
 TRANSFORMED = (
     token("hadamard-4", (4, 4), 64, **ROTATED, long=True),
+    token("hadamard-4, centred", (4, 4), 64, **ROTATED, centred=True, long=True),
     token("hadamard-4, blocks of 16", (4, 4), 64, k_rotation=16, v_rotation=16),
     token("hadamard-4, blocks of 64", (4, 4), 64, k_rotation=64, v_rotation=64),
     kivi("kivi-4 g128, rotated", (4, 4), (128, WHOLE), **ROTATED),
@@ -123,6 +106,8 @@ CLIPPED = (
     clipped(KIVI2),
     KIVI2_V_ROTATED,
     KIVI2_ALL_ROTATED,
+    clipped(kivi("kivi-2 g32/64, V rotated", (2, 2), (32, 64), **V_ROTATED)),
+    clipped(kivi("kivi-2 g32/whole, V rotated", (2, 2), (32, WHOLE), **V_ROTATED)),
     clipped(kivi("kivi-2 g64, V rotated", (2, 2), (64, 64), **V_ROTATED), long=True),
     clipped(kivi("kivi-2 g128/64, V rotated", (2, 2), (128, 64), **V_ROTATED)),
     clipped(kivi("kivi-2 g32, V rotated, norms", (2, 2), (32, 32), **V_ROTATED, token_norm=True)),
@@ -145,3 +130,23 @@ ZONES = tuple(
 )
 RECIPES = {recipe.name: recipe for recipe in (*PLAIN, *TRANSFORMED, *CLIPPED, *ZONES)}
 REDUCED = (KIVI4.name, K4V2.name, KIVI2.name, KIVI2_V_ROTATED.name)
+# What is recommended, what it is chosen over, and the baselines of the targets.
+FEW = (
+    KIVI4.name,
+    "kivi-4 g128, rotated",
+    "hadamard-4",
+    "hadamard-4, centred",
+    "token-4 g64",
+    K4V2.name,
+    "k4v2 g128/32, V rotated",
+    "k4v2 g128/32, V rotated, clipped",
+    K4V2_ROTATED.name,
+    KIVI2.name,
+    "kivi-2 g32, clipped",
+    KIVI2_V_ROTATED.name,
+    KIVI2_ALL_ROTATED.name,
+    "kivi-2 g32, norms",
+    "oscar, clipped",
+    "kivi-2 g64, V rotated, clipped",
+    "kivi-2 g32/64, V rotated, clipped",
+)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The texts: a novel, a speech, plays, and code with its documentation, in English.
 
-tokens() gives the first tokens of each; the calibration text of the bit search is none of them but
-the plays' last third, which no context of the bench reaches.
+tokens() gives the first tokens of each; the calibration text, of the bit search and of means of K,
+is none of them but the plays' last third, which no context of the bench reaches.
 """
 
 from __future__ import annotations

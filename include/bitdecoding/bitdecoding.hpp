@@ -7,6 +7,7 @@
 #include "bitdecoding/cache/paged_kv_cache.hpp"     // IWYU pragma: export
 #include "bitdecoding/decode/decode_problem.hpp"    // IWYU pragma: export
 #include "bitdecoding/format/kv_format.hpp"         // IWYU pragma: export
+#include "bitdecoding/format/recommended.hpp"       // IWYU pragma: export
 #include "bitdecoding/layout/page_record.hpp"       // IWYU pragma: export
 #include "bitdecoding/quantize/append_problem.hpp"  // IWYU pragma: export
 #include "bitdecoding/quantize/pack_problem.hpp"    // IWYU pragma: export

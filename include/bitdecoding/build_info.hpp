@@ -9,6 +9,7 @@ namespace bitdecoding {
 
 struct BuildInfo {
   std::string version;               // kVersion
+  int format_version;                // kFormatVersion: of the bytes of pages
   std::string git;                   // git describe of the source tree, or "unknown"
   std::string compiler;              // e.g. "GNU 12.2.0"
   std::string cuda;                  // version of the CUDA compiler, "" where there are no kernels

@@ -33,6 +33,7 @@ nb::dict build_facts() {
 
   nb::dict facts;
   facts["version"] = nb::str(info.version.c_str());
+  facts["format_version"] = info.format_version;
   facts["git"] = nb::str(info.git.c_str());
   facts["compiler"] = nb::str(info.compiler.c_str());
   facts["cuda"] = text_or_none(info.cuda);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// KvFormat's constructor, parser and texts, with the library's own messages.
+// KvFormat's constructor, parser, recommendations and texts, with the library's own messages.
 #include "kv_format.hpp"
 
 #include <nanobind/stl/string.h>
@@ -8,6 +8,7 @@
 #include <iterator>
 
 #include "arrays.hpp"
+#include "bitdecoding/format/recommended.hpp"
 
 namespace bitdecoding::python {
 
@@ -74,6 +75,14 @@ KvFormat parse(nb::handle name) {
   KvFormat format;
   const auto text = field_value<std::string>("name", name, "a str");
   throw_if_error(parse_kv_format(text, &format));
+  return format;
+}
+
+KvFormat recommended(nb::handle bits, nb::handle head_dim) {
+  KvFormat format;
+  const int wanted = field_value<int>("bits", bits, "2, 3, 4");
+  throw_if_error(
+      recommended_format(wanted, field_value<int>("head_dim", head_dim, "an int"), &format));
   return format;
 }
 

@@ -14,6 +14,7 @@ namespace nb = nanobind;
 
 KvFormat make_kv_format(const nb::kwargs& fields);
 KvFormat parse(nb::handle name);
+KvFormat recommended(nb::handle bits, nb::handle head_dim);
 std::string axis_name(const KvFormat& format);
 std::string repr(const KvFormat& format);
 nb::tuple reduce(const KvFormat& format);  // pickle's (callable, arguments)

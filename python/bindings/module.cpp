@@ -56,6 +56,18 @@ Raises ValueError naming the field, its value and what is allowed.)")
       .def_static("parse", &parse, "name"_a.none(), nb::sig("def parse(name: str) -> KvFormat"),
                   "The format of a canonical name such as 'k4v2_c128_v64_p128_d128' or "
                   "'k2v2_t32_v32_p64_d64_norm_kr64_vr64'. Raises ValueError.")
+      .def_static(
+          "recommended", &recommended, nb::kw_only(), "bits"_a.none(), "head_dim"_a.none(),
+          nb::sig("def recommended(*, bits: int, head_dim: int) -> KvFormat"),
+          R"(The format to begin with: docs/accuracy.md has what it loses on models and texts.
+
+Parameters
+----------
+bits : 4, 3 (K in 4 bits, V in 2) or 2: per code; bits_per_element of the result counts scales too
+head_dim : channels of a head of K and V: 64, 128 or 256
+
+Measured with caches that keep the first 16 and the newest 64 tokens in 16 bit, their defaults.
+Raises ValueError or TypeError naming the argument, its value and what is allowed.)")
       .def_ro("k_bits", &KvFormat::k_bits, "Bits per K code.")
       .def_ro("v_bits", &KvFormat::v_bits, "Bits per V code.")
       .def_prop_ro("k_axis", &axis_name, "'channel', 'token' or 'block'.")
@@ -184,7 +196,8 @@ NB_MODULE(_ext, module) {
   module.def("build_info", &build_facts, nb::sig("def build_info() -> dict[str, typing.Any]"),
              R"(Where this build comes from and what it holds.
 
-Keys: version, git, compiler, cuda (version of the CUDA compiler, None without kernels),
-architectures (list), kernels (list of names), cuda_driver (newest CUDA version that the installed
-driver serves, None without a driver or kernels). Creates no CUDA context.)");
+Keys: version, format_version (an int, of the bytes of pages: docs/format.md), git, compiler, cuda
+(version of the CUDA compiler, None without kernels), architectures (list), kernels (list of names),
+cuda_driver (newest CUDA version that the installed driver serves, None without a driver or
+kernels). Creates no CUDA context.)");
 }

@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bitdecoding import build_info
+from bitdecoding import KvFormat, build_info
 from bitdecoding.arrays import LARGEST
 from bitdecoding.demo import DemoOptions, run_demo
 from bitdecoding.demo_assets import DemoError
 from bitdecoding.plan import ModelShape, has_kernels, sequence_bytes, sixteen_bit_bytes
-from bitdecoding.recipes import RECIPES, resolve_format
+from bitdecoding.recipes import COMMON, RECIPES, resolve_format
 from bitdecoding.tables import print_table
 
 QUICK = DemoOptions(prompt_tokens=1024, steps=64, new_tokens=16)
@@ -109,16 +109,16 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     facts = build_info()
-    for key in ("version", "git", "compiler", "cuda", "cuda_driver"):
-        print(f"{key:<14}{facts[key] or 'none'}")
-    print(f"{'architectures':<14}{' '.join(facts['architectures']) or 'none'}")
-    print(f"{'cpu':<14}{platform.machine()}, {os.cpu_count()} threads")
+    for key in ("version", "format_version", "git", "compiler", "cuda", "cuda_driver"):
+        print(f"{key:<15}{facts[key] or 'none'}")
+    print(f"{'architectures':<15}{' '.join(facts['architectures']) or 'none'}")
+    print(f"{'cpu':<15}{platform.machine()}, {os.cpu_count()} threads")
     for line in _gpus():
-        print(f"{'gpu':<14}{line}")
+        print(f"{'gpu':<15}{line}")
     print_table(
-        ("name", "head_dim 64", "bits", "head_dim 128", "bits"),
-        [(name, *_describe(name, 64), *_describe(name, 128)) for name in RECIPES],
-        title="formats (bits per element with scales and zero-points)",
+        ("name", "format", "bits"),
+        [(name, *_describe(recipe.format(128))) for name, recipe in RECIPES.items()],
+        title="recipes for heads of 128 channels (bits per element with scales and zero-points)",
     )
     print("kernels")
     _print_kernels(facts["kernels"] or ["none (CPU only)"])
@@ -145,20 +145,20 @@ def _gpu(cuda: Any, index: int) -> str:
     return f"{cuda.get_device_name(index)} (compute capability {major}.{minor})"
 
 
-def _describe(name: str, head_dim: int) -> tuple[str, str]:
-    format = resolve_format(name, head_dim)
-    return str(format), f"{format.bits_per_element:.3f}"
+def _describe(format: KvFormat) -> tuple[str, str]:
+    return str(format), f"{format.bits_per_element:.2f}"
 
 
 def _plan(options: argparse.Namespace) -> int:
     shape = ModelShape(options.layers, options.heads_kv, options.head_dim)
     tokens = options.context
     base = sixteen_bit_bytes(shape, tokens)
-    formats = [resolve_format(name, shape.head_dim) for name in options.format or RECIPES]
+    names = options.format or COMMON
+    formats = [resolve_format(name, shape.head_dim) for name in names]
     zones = {"keep_first": options.keep_first, "keep_last": options.keep_last}
     header = ["cache", "format", "CUDA", "bits", "MB each", "tokens/GB", "smaller"]
     rows = [["16-bit", "", "", "16.00", *_sizes(base, base, tokens)]]
-    for name, format in zip(options.format or RECIPES, formats, strict=True):
+    for name, format in zip(names, formats, strict=True):
         size = sequence_bytes(shape, format, tokens, **zones)
         label = name if name in RECIPES else ""
         bits = f"{format.bits_per_element:.2f}"

@@ -19,7 +19,7 @@ from typing import Any
 from bitdecoding import KvFormat, Workspace
 from bitdecoding._ext import sequence_extents
 from bitdecoding.arrays import count
-from bitdecoding.recipes import resolve_format
+from bitdecoding.recipes import FULL_ATTENTION, RECIPES, resolve_format
 
 try:
     import torch
@@ -42,7 +42,7 @@ from bitdecoding.cache_layers import (
 )
 from bitdecoding.columns import Columns
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+_SLIDING = "sliding_attention"
 SIXTEEN_BIT = "16-bit"  # in place of a format: a layer of transformers' own
 
 __all__ = ["ATTENTION", "SIXTEEN_BIT", "LowBitCache"]
@@ -53,16 +53,20 @@ class LowBitCache(Cache):  # type: ignore[misc]
 
     config      the model's config: causal attention, full or (as in Gemma 3) with a sliding window
                 on some layers, one KV cache per layer
-    format      "int4" (K and V 4 bits), "k4v2", "int2", a canonical name, or a KvFormat: of every
-                layer with full attention. Or a sequence with one of them per layer of the model.
+    format      "int4" (recommended: K and V in 4 bits), "int3" (V in 2), "int2" or another of
+                bitdecoding.recipes.RECIPES, a canonical name, or a KvFormat: of every layer with
+                full attention. Or a sequence with one of them per layer of the model.
                 "16-bit" (in a sequence also None): the layer is transformers' own, in 16 bits, as
-                layers with a sliding window always are
+                layers with a sliding window always are, and as a recipe may have its edges
     max_tokens  room per sequence; None grows with the text, a quarter ahead of it
-    keep_first, keep_last   first and newest tokens of a sequence that stay in 16 bit
+    keep_first, keep_last   first and newest tokens of a sequence that stay in 16 bit; all recipes
+                of the library are meant with the defaults
     k_means     per layer of the model a mean of its keys after their rotary embedding (Hkv, D), or
                 None: taken from the keys on their way to the pages, which attention doesn't see; of
                 a layer in 16 bit nothing is taken
     threads     of the CPU backend; 0 = all cores; on CUDA only 0
+
+    bitdecoding.calibration finds means of K and folds rotations of V into a model's weights.
 
     For inference: no gradients pass through it. Every layer is on the device of its keys. On CUDA a
     float32 model's queries, keys and values become float16 on their way to the cache, and its
@@ -85,7 +89,7 @@ class LowBitCache(Cache):  # type: ignore[misc]
         threads: int = 0,
     ) -> None:
         text = config.get_text_config(decoder=True)
-        kinds = _layer_kinds(text)
+        kinds = layer_kinds(text)
         heads = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         self.formats = _layer_formats(format, kinds, head_dim)
@@ -228,18 +232,18 @@ def low_bit_mask(
     return attention_mask
 
 
-def _layer_kinds(config: Any) -> list[str]:
+def layer_kinds(config: Any) -> list[str]:
     """Full or sliding attention, per layer. Raises for every other kind of attention, and where
     all layers slide."""
     kinds = list(getattr(config, "layer_types", None) or ())
     if not kinds and getattr(config, "sliding_window", None):
         kinds = [_SLIDING]
-    kinds = kinds or [_FULL] * config.num_hidden_layers
-    others = sorted(set(kinds) - {_FULL, _SLIDING})
+    kinds = kinds or [FULL_ATTENTION] * config.num_hidden_layers
+    others = sorted(set(kinds) - {FULL_ATTENTION, _SLIDING})
     if others:
         unsupported(f"a model with {', '.join(others)} layers")
     window = getattr(config, "sliding_window", None)
-    if _FULL not in kinds or (_SLIDING in kinds and not window):
+    if FULL_ATTENTION not in kinds or (_SLIDING in kinds and not window):
         unsupported(f"a model of {', '.join(kinds)} layers with sliding_window = {window}")
     if getattr(config, "is_encoder_decoder", False):
         unsupported("cross attention (an encoder-decoder model)")
@@ -267,6 +271,14 @@ def _layer_formats(format: Any, kinds: list[str], head_dim: int) -> list[KvForma
                     "has a sliding window"
                 )
         given = [SIXTEEN_BIT if entry is None else entry for entry in given]
+    elif isinstance(format, str) and format in RECIPES:
+        found = RECIPES[format].formats(kinds, head_dim)
+        if not any(found):
+            full = kinds.count(FULL_ATTENTION)
+            raise ValueError(
+                f"format = {format!r}: of {full} full-attention layers it leaves all in 16 bit"
+            )
+        return found
     else:
         given = [SIXTEEN_BIT if kind == _SLIDING else format for kind in kinds]
     return [None if f == SIXTEEN_BIT else resolve_format(f, head_dim) for f in given]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from accuracy import bench, command, generation, layer_errors, retrieval  # type: ignore[import-not-found] # noqa: E402
 from accuracy.agreement import Agreement  # type: ignore[import-not-found] # noqa: E402
-from accuracy.recipes import KIVI2, KIVI4, RECIPES, kivi, with_zones  # type: ignore[import-not-found] # noqa: E402
+from accuracy.recipes import FEW, KIVI2, KIVI4, RECIPES, kivi, with_zones  # type: ignore[import-not-found] # noqa: E402
 from results import Results, load, save  # type: ignore[import-not-found] # noqa: E402
 from test_transformers_layers import make_gemma  # noqa: E402
 from tiny_models import make_model, tokens  # noqa: E402
+
+from bitdecoding import KvFormat  # noqa: E402
+from bitdecoding.calibration import key_means  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -50,7 +54,8 @@ def words(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_a_run_and_its_resumption(tmp_path: Path, family: str) -> None:
     model = make_gemma() if family == "gemma" else make_model()
-    recipes = [KIVI4, KIVI2, with_zones(KIVI2, 0, 0)]
+    centred = replace(RECIPES["hadamard-4, centred"], k_means=key_means(model, tokens(1, 300, 5)))
+    recipes = [KIVI4, KIVI2, with_zones(KIVI2, 0, 0), centred]
     output = tmp_path / "accuracy.json"
     kinds = [kind for kind in bench.KINDS if kind != "baseline"]
 
@@ -61,7 +66,7 @@ def test_a_run_and_its_resumption(tmp_path: Path, family: str) -> None:
     assert command.run(units()[:2], Results({}, []), output, minutes=9)
     part = load(output)
     assert {row["kind"] for row in part.rows} == {"text"}
-    assert len(part.rows) == 2 * 3
+    assert len(part.rows) == 2 * 4
     before = list(part.rows)
     assert command.run(units(), part, output, minutes=9)
     found = load(output).rows
@@ -109,6 +114,7 @@ def test_layer_errors_do_not_add_up() -> None:
 
     class Second:  # the second layer alone
         name, keep_first, keep_last = "second", 16, 64
+        centred, k_means = False, None
 
         def format(self, head_dim: int) -> Any:
             return KIVI2.format(head_dim)
@@ -154,6 +160,36 @@ def test_recipes_are_formats_or_say_why_not() -> None:
     config = make_model().config
     found = bench.available([KIVI2, wrong], config, "cpu")
     assert found == ([KIVI2], {"wrong": wrong.why_not(64)})
+
+
+def test_what_is_recommended_is_measured() -> None:
+    assert set(FEW) <= set(RECIPES)
+    for head_dim in (64, 128, 256):
+        measured = [RECIPES[name].format(head_dim) for name in FEW]
+        for bits in (4, 3, 2):
+            assert KvFormat.recommended(bits=bits, head_dim=head_dim) in measured
+
+
+def test_which_recipes_are_chosen() -> None:
+    def names(*arguments: str) -> list[str]:
+        return [recipe.name for recipe in command.chosen(command.parser().parse_args(arguments))]
+
+    assert names() == list(RECIPES)
+    assert sorted(names("--few")) == sorted(names("--few", "--reduced")) == sorted(FEW)
+    assert names("--few", "--recipes", "oscar") == ["oscar"]
+
+
+def test_centred_recipes_get_the_means_of_their_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, centred = make_gemma(), RECIPES["hadamard-4, centred"]
+    ids = tokens(1, command.MEAN_TOKENS)[0]
+    monkeypatch.setattr(command.texts, "calibration", lambda tokenizer, count: ids[:count])
+    loaded = command.models.Loaded(model, tokenizer)
+    plain, found = command.calibrated([KIVI2, centred], loaded)
+    assert plain is KIVI2
+    assert [mean is None for mean in found.k_means] == [True, False, True]
+    assert torch.equal(found.k_means[1], key_means(model, ids[None])[1])
+    with pytest.raises(ValueError, match="hadamard-4, centred: k_means = None"):
+        bench.caches.make(centred, model.config, 300)
 
 
 def test_a_format_without_a_kernel_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

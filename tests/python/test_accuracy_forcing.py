@@ -5,6 +5,7 @@ agrees with the packed cache, on tiny random models."""
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from accuracy import caches, cross_check, fake_cache, forcing  # type: ignore[import-not-found] # noqa: E402
 from accuracy.agreement import Agreement  # type: ignore[import-not-found] # noqa: E402
 from accuracy.fake import hadamard  # type: ignore[import-not-found] # noqa: E402
-from accuracy.recipes import KIVI2, kivi, token, with_zones  # type: ignore[import-not-found] # noqa: E402
+from accuracy.recipes import KIVI2, RECIPES, kivi, token, with_zones  # type: ignore[import-not-found] # noqa: E402
 from test_transformers_layers import make_gemma  # noqa: E402
 from tiny_models import make_model, tokens  # noqa: E402
+
+from bitdecoding.calibration import key_means  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -100,6 +103,19 @@ def test_fake_quantisation_agrees(model: Any, recipe: Any) -> None:
     (row,) = cross_check.cross_check_rows(model, tokens(1, TOKENS), ["text"], recipe)
     assert "error" not in row
     assert row["kl_to_fake"] < 5e-3 * row["kl"]
+
+
+def test_fake_quantisation_agrees_on_means(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, recipe = tokens(1, TOKENS), RECIPES["hadamard-4, centred"]
+    means = [None if mean is None else 50 * mean for mean in key_means(model, ids)]
+    with_means = replace(recipe, k_means=means)
+    (row,) = cross_check.cross_check_rows(model, ids, ["text"], with_means)
+    assert "error" not in row
+    make = fake_cache.make
+    without = replace(recipe, k_means=None)
+    monkeypatch.setattr(fake_cache, "make", lambda recipe, config: make(without, config))
+    (row,) = cross_check.cross_check_rows(model, ids, ["text"], with_means)
+    assert "allowed" in row["error"]
 
 
 def test_a_fake_of_another_recipe_does_not_agree(

@@ -13,7 +13,7 @@ import pytest
 from bitdecoding import __version__, build_info
 from bitdecoding.cli import main
 from bitdecoding.plan import ModelShape, has_kernels, sequence_bytes
-from bitdecoding.recipes import RECIPES, resolve_format
+from bitdecoding.recipes import COMMON, RECIPES, resolve_format
 
 PLAN = ["plan", "--layers", "32", "--heads-kv", "8", "--head-dim", "128"]
 
@@ -42,8 +42,10 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert __version__ in out
     assert build_info()["compiler"] in out
-    for name in RECIPES:
-        assert str(resolve_format(name, 64)) in out
+    for name, recipe in RECIPES.items():
+        assert f"{name} " in out
+        assert str(recipe.format(128)) in out
+    assert f"format_version {build_info()['format_version']}\n" in out
     for kernel in build_info()["kernels"] or ["none (CPU only)"]:
         assert kernel in out
 
@@ -53,14 +55,16 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PLAN, "--context", "8192", "--memory", "40"]) == 0
     out = capsys.readouterr().out
     size = sequence_bytes(ModelShape(32, 8, 128), resolve_format("int4", 128), 8192)
-    (row,) = [line.split() for line in out.splitlines() if "k4v4_c32_v128_p128_d128" in line]
+    assert all(f"{name} " in out for name in COMMON)
+    format = resolve_format("int4", 128)
+    (row,) = [line.split() for line in out.splitlines() if str(format) in line]
     bits, megabytes, tokens_per_gb, ratio, sequences = row[-5:]
-    assert bits == "4.62"
+    assert bits == f"{format.bits_per_element:.2f}"
     assert megabytes == f"{size / 1e6:.1f}"
     assert tokens_per_gb == f"{8192 * 10**9 // size:,}"
     assert ratio == f"{131072 * 8192 / size:.2f}x"
     assert sequences == str(40 * 10**9 // size)
-    assert row[-6] == ("yes" if has_kernels(resolve_format("int4", 128)) else "no")
+    assert row[-6] == ("yes" if has_kernels(format) else "no")
 
 
 def test_formats_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,16 +79,17 @@ def test_formats_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plan_of_chosen_formats(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PLAN, "--format", "int2", "--format", "k4v4_t64_v64_p64_d128"]) == 0
     out = capsys.readouterr().out
-    assert "k2v2_c32_v32_p128_d128" in out
+    assert str(resolve_format("int2", 128)) in out
     assert "k4v4_t64_v64_p64_d128" in out
-    assert "k4v4_c32" not in out
+    assert "k4v4_c" not in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([*PLAN[:-1], "96"], "head_dim = 96"),
-        ([*PLAN, "--format", "int3"], "int3"),
+        ([*PLAN, "--format", "int5"], "int5"),
+        ([*PLAN, "--format", "kivi-2-edges"], "kivi-2-edges"),
         ([*PLAN, "--keep-first", "129"], "keep_first = 129; allowed: 0 to page_tokens (128)"),
     ],
 )

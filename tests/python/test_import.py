@@ -53,6 +53,7 @@ def test_build_info() -> None:
     info = bitdecoding.build_info()
     assert info["version"] == bitdecoding.__version__
     assert {"git", "compiler", "cuda", "architectures", "kernels", "cuda_driver"} <= set(info)
+    assert isinstance(info["format_version"], int)
     assert (info["cuda"] is None) == (info["kernels"] == [])
 
 

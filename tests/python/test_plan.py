@@ -7,10 +7,10 @@ import pytest
 
 from bitdecoding import KvFormat, PagedKvCache, build_info
 from bitdecoding.plan import ModelShape, decode_kernel, sequence_bytes, sixteen_bit_bytes
-from bitdecoding.recipes import RECIPES, resolve_format
+from bitdecoding.recipes import COMMON, resolve_format
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", COMMON)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("tokens", [1, 64, 65, 1000, 4096])
 @pytest.mark.parametrize("zones", [(0, 0), (16, 64), (128, 200)])
@@ -34,38 +34,6 @@ def test_planned_bytes_are_allocated(
 
 def test_sixteen_bit_bytes() -> None:
     assert sixteen_bit_bytes(ModelShape(layers=32, heads_kv=8, head_dim=128), 1) == 131072
-
-
-@pytest.mark.parametrize(
-    ("recipe", "name"),
-    [
-        ("int4", "k4v4_c32_v64_p128_d64"),
-        ("k4v2", "k4v2_c128_v32_p128_d64"),
-        ("int2", "k2v2_c32_v32_p128_d64"),
-        ("k4v4_t32_v32_p64_d64", "k4v4_t32_v32_p64_d64"),
-        (KvFormat(head_dim=64, v_group=64), "k4v4_c128_v64_p128_d64"),
-    ],
-)
-def test_resolve_format(recipe: KvFormat | str, name: str) -> None:
-    assert str(resolve_format(recipe, 64)) == name
-
-
-def test_a_whole_head_of_256_channels_is_two_groups() -> None:
-    assert str(resolve_format("int4", 256)) == "k4v4_c32_v128_p128_d256"
-
-
-@pytest.mark.parametrize(
-    ("recipe", "message"),
-    [("int3", "int4, k4v2, int2"), ("k4v4_c128_v128_p128_d128", "this model has 64")],
-)
-def test_formats_that_do_not_fit(recipe: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        resolve_format(recipe, 64)
-
-
-def test_format_of_another_type() -> None:
-    with pytest.raises(TypeError, match=r"format = 4; allowed: .*int4, k4v2, int2"):
-        resolve_format(4, 64)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("columns", [1, 5, 64])

@@ -24,6 +24,7 @@ from tiny_models import (  # noqa: E402
 
 from bitdecoding import KvFormat  # noqa: E402
 from bitdecoding.cache_layers import LowBitLayer, SixteenBitLayer, WindowLayer  # noqa: E402
+from bitdecoding.recipes import RECIPES  # noqa: E402
 from bitdecoding.transformers import ATTENTION, LowBitCache  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -131,6 +132,18 @@ def test_a_format_per_layer() -> None:
     assert [type(layer) for layer in mixed.layers] == [LowBitLayer, SixteenBitLayer]
 
 
+def test_a_recipe_with_edges() -> None:
+    config = make_model().config
+    config.num_hidden_layers, config.layer_types = 4, None
+    cache = LowBitCache(config, "kivi-2-edges")
+    format = RECIPES["kivi-2-edges"].format(64)
+    assert cache.formats == [None, format, format, None]
+    with pytest.raises(ValueError, match="of 2 full-attention layers it leaves all in 16 bit"):
+        LowBitCache(make_model().config, "kivi-2-edges")
+    with pytest.raises(ValueError, match="format = 'kivi-2-edges': it leaves the first and last"):
+        LowBitCache(config, ["kivi-2-edges"] * 4)
+
+
 def test_fill_and_reset(gemma: Any) -> None:
     ids = tokens(2, 300)
     past = LowBitCache(gemma.config, "16-bit")
@@ -197,7 +210,7 @@ def test_no_step_follows_one_that_failed_halfway(gemma: Any) -> None:
     [
         (["int4"], "formats = 1; the model has 3 layers"),
         (["int4", "int4", None], "layer 0 = int4; allowed: '16-bit'"),
-        ([None, "int3", None], "int3"),
+        ([None, "int5", None], "int5"),
         ([None, "k4v4_c64_v64_p64_d64", None], "head_dim"),
     ],
 )

@@ -18,6 +18,9 @@
 
 namespace bitdecoding {
 
+// Of the bytes that docs/format.md specifies. It rises when pages of the version before it would be
+// read wrongly.
+inline constexpr int kFormatVersion = 1;
 // Tokens of one chunk: the granule of a page record, of the zones and of the decode pipeline.
 inline constexpr int kChunkTokens = 64;
 // Channels that share a scale, at most: heads of 256 have two such groups.
