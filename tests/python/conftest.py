@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
-import half_budget
-import numpy as np
-import pytest
-import seeds
-from hypothesis import settings
+# Workers of pytest-xdist with a thread per core each fight for the cores: with 16 of them the GPU
+# tests took over 1000 s, with one thread each 74 s. numpy and torch read this when they are loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+
+import half_budget  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import seeds  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("bitdecoding", deadline=None, print_blob=True)
 settings.load_profile("bitdecoding")
