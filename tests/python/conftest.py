@@ -13,11 +13,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
 
-import half_budget  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import seeds  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import half_budget
+import numpy as np
+import pytest
+import seeds
+from hypothesis import settings
 
 settings.register_profile("bitdecoding", deadline=None, print_blob=True)
 settings.load_profile("bitdecoding")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import oracle_attention
+import oracle_layout
 import pytest
 from samples import FAMILIES, family, legal_formats
 
@@ -29,7 +30,8 @@ def test_worked_example(example: str) -> None:
     k = ((13 * token + 29 * channel + token * channel) % 251 - 125) / 8
     k = np.where(token < 4, 16, 1) * k
     v = ((7 * token + 31 * channel + 3 * token * channel) % 127 - 63) / 16
-    page = oracle.quantize_page(f, oracle.to_half(k), oracle.to_half(v), first_tokens)
+    arrived = oracle.arrived(k, f.k_rotation), oracle.arrived(v, f.v_rotation)
+    page = oracle.quantize_page(f, *arrived, first_tokens)
     record = oracle.write_page(f, page)
     assert sizes.split()[:2] == ["bytes", str(len(record))]
     assert int(sizes.split()[3], 16) == zlib.crc32(record.tobytes())
@@ -88,7 +90,7 @@ def test_reading_inverts_writing(rng: np.random.Generator) -> None:
 def test_every_bit_of_the_codes_is_used_once() -> None:
     for bits in (2, 4):
         for head_dim in (64, 128, 256):
-            for places in (oracle.k_code_bits, oracle.v_code_bits):
+            for places in (oracle_layout.k_code_bits, oracle_layout.v_code_bits):
                 found = np.sort(places(bits, head_dim).ravel())
                 assert np.array_equal(found, np.arange(0, 64 * head_dim * bits, bits))
 
@@ -106,8 +108,9 @@ def test_quantised_values_are_near(kind: str, rng: np.random.Generator) -> None:
 
 def test_attention_on_paper() -> None:
     one = np.ones((2, 1, 1))
+    none = 0 * one
     tokens = oracle_attention.Attended(
-        one * [[[0.0]], [[1.0]]], one * [[[3.0]], [[7.0]]], one, 7 * one, *[0 * one] * 3
+        one * [[[0.0]], [[1.0]]], one * [[[3.0]], [[7.0]]], one, 7 * one, none, none, none
     )
     result = oracle_attention.attention(np.full((1, 1, 1), 2.0), tokens, 0.5)
     weight = 1 / (1 + math.exp(-1))  # of the second token: its score is 1, the other's 0
