@@ -107,10 +107,9 @@ def test_quantised_values_are_near(kind: str, rng: np.random.Generator) -> None:
 
 
 def test_attention_on_paper() -> None:
-    one = np.ones((2, 1, 1))
-    none = 0 * one
+    one, zero = np.ones((2, 1, 1)), np.zeros((2, 1, 1))
     tokens = oracle_attention.Attended(
-        one * [[[0.0]], [[1.0]]], one * [[[3.0]], [[7.0]]], one, 7 * one, none, none, none
+        one * [[[0.0]], [[1.0]]], one * [[[3.0]], [[7.0]]], one, 7 * one, zero, zero, zero
     )
     result = oracle_attention.attention(np.full((1, 1, 1), 2.0), tokens, 0.5)
     weight = 1 / (1 + math.exp(-1))  # of the second token: its score is 1, the other's 0
