@@ -20,13 +20,12 @@ from measure import graph_time_us, machine
 from results import Results, Row, completed, save
 from rich.console import Console
 from rich.table import Table
-from suites import FORMATS, INT4_PER_TOKEN
+from suites import APPEND_FORMATS
 from work import UNTIMED, Effort
 
 import bitdecoding
 from bitdecoding import KvFormat, PagedKvCache
 
-APPEND_FORMATS = (*FORMATS, INT4_PER_TOKEN)
 ZONES = Zones(16, 64)
 PAGES = 8  # of every sequence, before a step
 COPIES = 8  # caches, like layers of a model: appends of a graph go to one after the other

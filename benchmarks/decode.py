@@ -3,6 +3,7 @@
 
 python benchmarks/decode.py --output benchmarks/results/decode.json
 python benchmarks/decode.py --tags grid --output benchmarks/results/grid.json
+python benchmarks/decode.py --tags recipes head256 --output benchmarks/results/recipes.json
 python benchmarks/decode.py --cases 8x8x4@131072 --formats k2v2_c128_v128_p128_d128 --quick
 """
 
@@ -126,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--tags", nargs="+", choices=tuple(SUITES), default=TARGETS, metavar="TAG",
         help=f"shapes of shapes.csv, with what suites.py says of them; default: {' '.join(TARGETS)}"
-        "; also: grid, quick",
+        "; also: head256, recipes, grid, quick",
     )  # fmt: skip
     what.add_argument(
         "--cases", nargs="+", type=converter(Case.parse), metavar="BxHxG@L",

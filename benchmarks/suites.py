@@ -21,6 +21,38 @@ K4V2_D256 = "k4v2_c128_v128_p128_d256"
 INT2_D256 = "k2v2_c128_v128_p128_d256"
 FORMATS = (INT4, K4V2, INT2, SMALL_GROUPS)
 
+ROTATED = "_kr128_vr128"
+ROTATED_INT4 = INT4 + ROTATED
+# The groups of 32 that 2 bits want, without a transform and with the most of them.
+INT2_G32 = "k2v2_c32_v32_p128_d128"
+BEST_INT2 = INT2_G32 + ROTATED + "_kclip85_vclip85"
+# What docs/accuracy.md recommends or compares: groups, then what is done to K and V.
+RECIPES = (
+    INT4,
+    ROTATED_INT4,
+    "k4v4_c32_v128_p128_d128",
+    K4V2,
+    "k4v2_c128_v32_p128_d128",
+    "k4v2_c128_v32_p128_d128" + ROTATED,
+    INT2,
+    INT2 + ROTATED + "_kclip75_vclip75",
+    INT2_G32,
+    INT2_G32 + "_vr128_kclip85_vclip85",
+    BEST_INT2,
+    INT2_G32 + "_norm" + ROTATED,
+    "k2v2_c32_v128_p128_d128",
+    "k2v2_c32_v128_p128_d128_vr128_kclip85_vclip75",
+    INT4_PER_TOKEN,
+    "k4v4_t64_v64_p128_d128",
+    "k4v4_t64_v64_p128_d128" + ROTATED,
+    "k4v4_b32_v32_p128_d128",
+    "k4v4_b32_v32_p128_d128" + ROTATED,
+    "k2v2_b32_v32_p128_d128",
+    "k2v2_b32_v32_p128_d128" + ROTATED,
+)
+# Of append.py: two recipes, each beside its groups untransformed.
+APPEND_FORMATS = (*FORMATS, INT4_PER_TOKEN, ROTATED_INT4, INT2_G32, BEST_INT2)
+
 PLAN = "plan"  # the kernel that plan_decode chooses
 
 
@@ -43,10 +75,11 @@ SUITES = {
     "cp_async": Suite((INT4, INT2), kernel="decode_sm80_*"),
     "length": Suite((INT4, INT2), baselines=False),  # at 1M tokens 16 bits don't fit
     "ragged": Suite((INT4, INT2)),
+    "recipes": Suite(RECIPES, baselines=False),
     "grid": Suite((INT4, INT2)),
     "quick": Suite((INT4,)),
 }
-TARGETS = tuple(tag for tag in SUITES if tag not in ("head256", "grid", "quick"))
+TARGETS = tuple(tag for tag in SUITES if tag not in ("head256", "recipes", "grid", "quick"))
 
 
 @dataclass(frozen=True)

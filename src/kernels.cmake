@@ -15,6 +15,7 @@ set(BITDECODING_PAGES
 set(BITDECODING_KERNEL_TABLE
 #  kind          pages      tile  registers  stack  shared
   "pack          *          -            48      0       0"   # prefill pack, every device
+  "pack          *_t_d128   -            64      0       0"   #   63 for one of the architectures, never for both
   "append        *          -            64      0       0"   # append, every device
   "pack          *_d256     -            64      0       0"   #   two CTAs fill the shared memory of an SM
   "append        *_d256     -           128      0       0"

@@ -298,6 +298,29 @@ class DecodeInputs {
   }
 };
 
+// In some sequences one attended token's values of a group become NaN, as if one had been.
+inline void spoil_values(CacheBox& box, const DecodeCase& decode_case, Draw& draw) {
+  const PagedKvCache c = box.view();
+  for (int b = 0; b < c.batch; ++b) {
+    // All query tokens attend to these.
+    const int end = std::min(c.packed[b], c.lengths[b] - decode_case.query_tokens);
+    if (end <= c.keep_first || !draw.one_in(4)) continue;
+    const int position = draw.between(c.keep_first, end - 1);
+    const int token = position % c.format.page_tokens;
+    const int id = c.block_table[b * c.max_pages + position / c.format.page_tokens];
+    std::uint8_t* bytes = c.pool + c.page_offset(id, draw.between(0, c.num_kv_heads - 1));
+    const PageReader page{c.format, bytes};
+    const int channel = 32 * draw.between(0, c.format.head_dim / 32 - 1);
+    if (page.blocks()) {
+      bytes[page.v_exponent(token, channel)] = 31;
+      continue;
+    }
+    for (const int offset : {page.v_scale(token, channel), page.v_zero(token, channel)}) {
+      std::memcpy(bytes + offset, &format::kFp16NaN, sizeof format::kFp16NaN);
+    }
+  }
+}
+
 // What belongs to a masked token alone becomes NaN or infinite: its parameters, in pages that are
 // attended behind keep_first.
 inline void poison_masked(CacheBox& box, Draw& draw) {

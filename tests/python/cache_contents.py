@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import oracle
+import oracle_layout
 
 from bitdecoding import KvFormat, PagedKvCache
 
@@ -28,7 +29,7 @@ def scattered_cache(
     0xFF (as fp16: NaN), and so are the ids of pages that no sequence can reach. Where the format
     rotates K, K has a mean, too."""
     pages = max(0, max_tokens - keep_last) // f.page_tokens
-    tail_tokens = oracle.round_up(keep_last + f.page_tokens, 16)
+    tail_tokens = oracle_layout.round_up(keep_last + f.page_tokens, 16)
     table = np.full((batch, pages + 2), -1, np.int32)
     ids = rng.permutation(batch * pages + 3)[: batch * pages]
     table[:, :pages] = ids.reshape(batch, pages)
@@ -99,14 +100,15 @@ def poison_unattended(cache: PagedKvCache) -> None:
             _poison_first_tokens(f, cache.pool[cache.block_table[b, 0]], first)
 
 
-def _poison_first_tokens(f: KvFormat, record: oracle.Bytes, first: int) -> None:
+def _poison_first_tokens(f: KvFormat, record: oracle_layout.Bytes, first: int) -> None:
     """Per-token parameters of page 0 that belong to tokens of the first rows."""
-    for index, chunk in enumerate(oracle.chunks(f)):
-        here = max(0, min(first - index * oracle.CHUNK, oracle.CHUNK))
+    for index, chunk in enumerate(oracle_layout.chunks(f)):
+        here = max(0, min(first - index * oracle_layout.CHUNK, oracle_layout.CHUNK))
         if f.k_axis == "block":
             for offset in (chunk.v_parameters, chunk.k_parameters):
                 for block in range(f.head_dim // 32):
-                    record[:, offset + block * chunk.plane + oracle.token_order()[:here]] = 31
+                    plane = offset + block * chunk.plane
+                    record[:, plane + oracle_layout.token_order()[:here]] = 31
             continue
         planes = [(chunk.v_parameters, 2 * f.head_dim // f.v_group)]
         if f.k_axis == "token":
@@ -115,7 +117,7 @@ def _poison_first_tokens(f: KvFormat, record: oracle.Bytes, first: int) -> None:
             planes.append((chunk.norms, 1))
         for offset, count in planes:
             for plane in range(count):
-                begin = offset + plane * 2 * oracle.CHUNK
-                places = begin + 2 * oracle.token_order()[:here]
+                begin = offset + plane * 2 * oracle_layout.CHUNK
+                places = begin + 2 * oracle_layout.token_order()[:here]
                 record[:, places] = 0xFF
                 record[:, places + 1] = 0xFF

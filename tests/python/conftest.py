@@ -3,8 +3,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
+
+# Workers of pytest-xdist with a thread per core each fight for the cores: with 16 of them the GPU
+# tests took over 1000 s, with one thread each 74 s. numpy and torch read this when they are loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
 
 import half_budget
 import numpy as np

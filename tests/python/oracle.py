@@ -6,22 +6,32 @@ The quantiser works in float32, as the format defines it.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from oracle_layout import (
+    CHUNK,
+    Bytes,
+    Chunk,
+    Halves,
+    Ints,
+    channel_order,
+    chunks,
+    get_elements,
+    k_code_bits,
+    page_bytes,
+    put_elements,
+    token_order,
+    v_code_bits,
+)
 
 from bitdecoding import KvFormat
 
 Floats = npt.NDArray[np.floating[Any]]
-Halves = npt.NDArray[np.float16]
-Ints = npt.NDArray[np.integer[Any]]
-Bytes = npt.NDArray[np.uint8]
 Doubles = npt.NDArray[np.float64]
 
-CHUNK = 64  # tokens
 BLOCKS = {2: (3.5, 1.5), 4: (10.0, 7.5)}  # bits: largest magnitude where e = 0, the code of 0
 NAN16 = np.uint16(0x7FFF).view(np.float16)
 
@@ -59,125 +69,6 @@ def hadamard(x: npt.NDArray[Any], block: int) -> npt.NDArray[Any]:
 
 def doubles(values: npt.NDArray[Any]) -> Doubles:
     return np.asarray(values, np.float64)
-
-
-# ---- where the bits lie ----
-
-
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Byte offsets of the sections of one chunk of 64 tokens in a record."""
-
-    k_groups: int  # scales, then zeros, of each channel-axis K group that begins in the chunk
-    groups_here: int
-    plane: int  # from a channel group's parameters to the next one's
-    k_codes: int
-    v_codes: int
-    v_parameters: int
-    k_parameters: int  # token axis
-    norms: int
-    end: int
-
-
-@functools.cache
-def chunks(f: KvFormat) -> tuple[Chunk, ...]:
-    result = []
-    offset = 0
-    for begin in range(0, f.page_tokens, CHUNK):
-        groups = sum(begin <= token < begin + CHUNK for token in range(0, f.page_tokens, f.k_group))
-        groups = groups if f.k_axis == "channel" else 0
-        token_groups = f.head_dim // f.k_group if f.k_axis != "channel" else 0
-        plane = CHUNK if f.k_axis == "block" else 2 * CHUNK * 2
-        sizes = [
-            groups * 2 * f.head_dim * 2,
-            CHUNK * f.head_dim * f.k_bits // 8,
-            CHUNK * f.head_dim * f.v_bits // 8,
-            f.head_dim // f.v_group * plane,
-            token_groups * plane,
-            CHUNK * 2 if f.token_norm else 0,
-        ]
-        offsets = [offset]
-        for size in sizes:
-            offsets.append(offsets[-1] + round_up(size, 16))
-        k_groups, k_codes, v_codes, v_parameters, k_parameters, norms, offset = offsets
-        result.append(
-            Chunk(
-                k_groups, groups, plane, k_codes, v_codes, v_parameters, k_parameters, norms, offset
-            )
-        )
-    return tuple(result)
-
-
-def page_bytes(f: KvFormat) -> int:
-    return round_up(chunks(f)[-1].end, 128)
-
-
-@functools.cache
-def k_code_bits(bits: int, head_dim: int) -> Ints:
-    """(token 64, channel) -> bit of a chunk's K codes."""
-    n, c = np.indices((CHUNK, head_dim))
-    words = head_dim * bits // 64  # of one lane and block of 16 tokens
-    unit_words = min(words, 4)
-    g, r = n % 8, n % 16 // 8
-    span, p, q = c // 64, c // 32 % 2, c // 16 % 2
-    u, t, h = c // 8 % 2, c % 8 // 2, c % 2
-    word, field = (2 * span + r, p + 2 * q) if bits == 2 else (4 * span + 2 * q + r, p)
-    unit = n // 16 * (words // unit_words) + word // unit_words
-    place = ((unit * 32 + 4 * g + t) * unit_words + word % unit_words) * 4 + 2 * h + u
-    return place * 8 + field * bits
-
-
-@functools.cache
-def v_code_bits(bits: int, head_dim: int) -> Ints:
-    """(token 64, channel) -> bit of a chunk's V codes."""
-    n, c = np.indices((CHUNK, head_dim))
-    fields = 8 // bits
-    words = head_dim // (8 * fields)
-    parts = max(min(words, 4), head_dim // 32)  # of the channels
-    part_words = words // parts
-    t, h, u = n % 8 // 2, n % 2, n % 16 // 8
-    word, field, g = c // (8 * fields), c // 8 % fields, c % 8
-    in_part = word % part_words + part_words * (n // 16)
-    unit = word // part_words * part_words + in_part // 4
-    place = ((unit * 32 + 4 * g + t) * 4 + in_part % 4) * 4 + 2 * h + u
-    return place * 8 + field * bits
-
-
-@functools.cache
-def channel_order(head_dim: int) -> Ints:
-    """channel -> element of a channel-axis K group's scales (or zeros)."""
-    c = np.arange(head_dim)
-    return c % 8 // 2 * (head_dim // 4) + c // 8 * 2 + c % 2
-
-
-@functools.cache
-def token_order() -> Ints:
-    """token of a chunk -> element of a plane of 64 per-token values."""
-    n = np.arange(CHUNK)
-    return n % 8 * 8 + n // 8
-
-
-def _put(record: Bytes, offset: int, elements: Ints, values: Halves | Bytes) -> None:
-    """Writes fp16 numbers or bytes (..., n) at element numbers `elements` (n) from `offset` on."""
-    if values.dtype == np.uint8:
-        record[..., offset + elements] = values
-        return
-    raw = np.ascontiguousarray(values).view(np.uint16)
-    record[..., offset + 2 * elements] = (raw & 0xFF).astype(np.uint8)
-    record[..., offset + 2 * elements + 1] = (raw >> 8).astype(np.uint8)
-
-
-def _get(record: Bytes, offset: int, elements: Ints) -> Halves:
-    low = record[..., offset + 2 * elements].astype(np.uint16)
-    high = record[..., offset + 2 * elements + 1].astype(np.uint16)
-    return (low | high << 8).view(np.float16)
-
-
-# ---- what the bits mean ----
 
 
 @dataclass
@@ -339,7 +230,7 @@ def write_page(f: KvFormat, page: Page) -> Bytes:
                 byte = offset + places[of_field] // 8
                 record[..., byte] |= codes[..., tokens, :][..., of_field] << np.uint8(field)
         for values, offset, elements in _parameters(f, index, chunk, page):
-            _put(record, offset, elements, values)
+            put_elements(record, offset, elements, values)
     return record
 
 
@@ -394,8 +285,8 @@ def read_page(f: KvFormat, record: Bytes) -> Page:
             members = slice(begin + group * f.k_group, begin + (group + 1) * f.k_group)
             offset = chunk.k_groups + group * 2 * f.head_dim * 2
             order = channel_order(f.head_dim)
-            page.k_scale[..., members, :] = _get(record, offset, order)[..., None, :]
-            page.k_zero[..., members, :] = _get(record, offset + 2 * f.head_dim, order)[
+            page.k_scale[..., members, :] = get_elements(record, offset, order)[..., None, :]
+            page.k_zero[..., members, :] = get_elements(record, offset + 2 * f.head_dim, order)[
                 ..., None, :
             ]
         per_token = [(chunk.v_parameters, f.v_group, f.v_bits, page.v_scale, page.v_zero)]
@@ -411,10 +302,12 @@ def read_page(f: KvFormat, record: Bytes) -> Page:
                     scale[..., tokens, members] = scales
                     zero[..., tokens, members] = block_zero(scales, bits)
                     continue
-                scale[..., tokens, members] = _get(record, plane, order)[..., None]
-                zero[..., tokens, members] = _get(record, plane + 2 * CHUNK, order)[..., None]
+                scale[..., tokens, members] = get_elements(record, plane, order)[..., None]
+                zero[..., tokens, members] = get_elements(record, plane + 2 * CHUNK, order)[
+                    ..., None
+                ]
         if f.token_norm:
-            page.norms[..., tokens] = _get(record, chunk.norms, token_order())
+            page.norms[..., tokens] = get_elements(record, chunk.norms, token_order())
     return page
 
 

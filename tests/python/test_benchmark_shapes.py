@@ -86,6 +86,7 @@ def test_suites(shapes: Any, suites: Any) -> None:
                 assert str(fmt) == name
                 assert fmt.head_dim == case.head_dim
     assert {case.columns for case in shapes.tagged("columns")} == {16, 32, 64}
+    assert len(suites.RECIPES) == len(set(suites.RECIPES))
 
 
 def test_planned(shapes: Any, suites: Any) -> None:
@@ -98,6 +99,7 @@ def test_planned(shapes: Any, suites: Any) -> None:
     assert [one.format for one in longest.ours] == [suites.INT4, suites.INT2]
     both = suites.planned(["large", "large"])
     assert both == suites.planned(["large"])
+    assert not any(plan.baselines for plan in suites.planned(["recipes"]).values())
     grid_only = shapes.Case.parse("1x8x16@1024")
     assert grid_only not in plans
     assert grid_only in suites.planned(["grid"])

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import oracle
 import oracle_attention
+import oracle_layout
 import pytest
 from cache_contents import poison_unattended, scattered_cache
 from samples import FORMATS, family
@@ -196,7 +196,7 @@ def test_one_wrong_bit_exceeds_the_budget(section: str, rng: np.random.Generator
     cache = filled_cache(f, [300], heads=1, keep_first=0, keep_last=64, rng=rng)
     q = rng.standard_normal((1, 1, 1, f.head_dim)).astype(np.float32)
     out = cache.decode(q)
-    byte = getattr(oracle.chunks(f)[0], section) + 1  # of a scale: its exponent
+    byte = getattr(oracle_layout.chunks(f)[0], section) + 1  # of a scale: its exponent
     cache.pool[cache.block_table[0, 0], 0, byte] ^= 4
     with pytest.raises(pytest.fail.Exception, match="outside the budget"):
         assert_attends(cache, q, out)

@@ -7,7 +7,7 @@ import copy
 import pickle
 from typing import Any
 
-import oracle
+import oracle_layout
 import pytest
 from samples import clipped_formats, legal_formats, rotated_formats
 
@@ -43,7 +43,7 @@ def test_every_legal_format_round_trips() -> None:
 
 def test_page_bytes_follow_the_format_page() -> None:
     for f in legal_formats() + rotated_formats():
-        assert f.page_bytes() == oracle.page_bytes(f), str(f)
+        assert f.page_bytes() == oracle_layout.page_bytes(f), str(f)
         bits = 8 * f.page_bytes() / (2 * f.page_tokens * f.head_dim)
         assert f.bits_per_element == pytest.approx(bits, rel=1e-15)
     assert KvFormat().page_bytes() == 17408

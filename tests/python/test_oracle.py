@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import oracle_attention
+import oracle_layout
 import pytest
 from samples import FAMILIES, family, legal_formats
 
@@ -89,7 +90,7 @@ def test_reading_inverts_writing(rng: np.random.Generator) -> None:
 def test_every_bit_of_the_codes_is_used_once() -> None:
     for bits in (2, 4):
         for head_dim in (64, 128, 256):
-            for places in (oracle.k_code_bits, oracle.v_code_bits):
+            for places in (oracle_layout.k_code_bits, oracle_layout.v_code_bits):
                 found = np.sort(places(bits, head_dim).ravel())
                 assert np.array_equal(found, np.arange(0, 64 * head_dim * bits, bits))
 

@@ -148,7 +148,8 @@ __device__ void add_chunk(const Page& page, const Groups& groups, const Scale& s
       const RowValues scales = value_scales<S>(page, group, lane / 4);
       if constexpr (S::page.has_blocks()) {
         make_weights<S>(scales, tSrS, tOrP);
-        output.zero_sum_of(part)(0) += factor * kZeroOfWeight<S> * (sum_of_weights(tOrP) + lost_nan(scales));
+        output.zero_sum_of(part)(0) +=
+            factor * kZeroOfWeight<S> * (sum_of_weights(tOrP) + lost_nan(scales));
       } else {
         const RowValues zeros{page.v_token_vectors(group)(lane / 4, 1)};
         output.zero_sum_of(part)(0) += factor * sum_of_zeros<S>(zeros, tSrS, 0);
