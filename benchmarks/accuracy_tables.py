@@ -17,6 +17,7 @@ from results import Results, Row, load
 from summary import updated
 
 RESULT = RESULTS / "accuracy_h200.json"
+SEARCHED = RESULTS / "bit_search_h200.json"
 PAGE = ROOT / "docs/accuracy.md"
 ZONES = (16, 64)
 
@@ -131,6 +132,24 @@ def layer_table(results: Results, model: str) -> str:
     return table(["recipe", "least", "median", "largest"], lines)
 
 
+def search_table(results: Results) -> str:
+    """Per model: assignments that were searched and the same formats on all layers."""
+    lines = []
+    for name in dict.fromkeys(row["model"] for row in results.rows):
+        found = by_recipe(row for row in results.rows if row["model"] == name)
+        for recipe, rows in sorted(found.items(), key=lambda item: -item[1][0]["bits_per_element"]):
+            lines.append(
+                [
+                    name,
+                    recipe,
+                    f"{rows[0]['bits_per_element']:.3f}",
+                    mean_and_worst([increase(r) for r in rows], lambda x: f"{x:+.2%}"),
+                    mean_and_worst([r["kl"] for r in rows], lambda x: f"{x:.4f}"),
+                ]
+            )
+    return table(["model", "layers", "bits", "perplexity", "KL"], lines)
+
+
 def cross_check_line(results: Results) -> str:
     rows = [row for row in results.rows if row["kind"] == "cross-check"]
     if not rows:
@@ -172,8 +191,8 @@ def sections(results: Results) -> dict[str, str]:
     }
 
 
-def document(results: Results, text: str) -> str:
-    for name, content in sections(results).items():
+def document(results: Results, searched: Results, text: str) -> str:
+    for name, content in (sections(results) | {"search": search_table(searched)}).items():
         text = updated(text, name, content)
     return text
 
@@ -184,9 +203,10 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where it would")
     parser.add_argument("--results", type=Path, default=RESULT)
+    parser.add_argument("--searched", type=Path, default=SEARCHED)
     args = parser.parse_args()
     text = PAGE.read_text()
-    new = document(load(args.results), text)
+    new = document(load(args.results), load(args.searched), text)
     if args.check and new != text:
         sys.exit(f"{PAGE.relative_to(ROOT)} is older than the results: run accuracy_tables.py")
     if not args.check:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bits per layer, searched offline against an error budget (after KVTuner).
 
-PYTHONPATH=benchmarks python -m accuracy.bit_search --model smollm2-135m --bits 3.5
+PYTHONPATH=benchmarks python -m accuracy.bit_search --bits 2.75 3.5
 
 Every pair of K and V bits, with and without a rotation of K, is tried on every full-attention layer
 by itself: the error of its attention output on a calibration text (layer_errors.py). Then the
@@ -144,43 +144,53 @@ def search(
     calibration: torch.Tensor,
     ids: Mapping[str, torch.Tensor],
     base: Recipe,
-    bits: float,
+    budgets: Sequence[float],
 ) -> list[Row]:
-    """Rows of the searched assignment and of every uniform variant, on texts of (S,) tokens."""
+    """Rows of the assignment for every budget and of every uniform variant, on texts of (S,)
+    tokens."""
     config = model.config
     uniform = variants(base, caches.head_dim(config))
     choices = sensitivities(model, calibration[None], base)
-    found = layered(base, caches.layer_kinds(config), assign(choices, bits))
+    kinds = caches.layer_kinds(config)
+    found = [layered(base, kinds, assign(choices, bits)) for bits in budgets]
     stacked = torch.stack(list(ids.values())).to(model.device)
-    rows = recipe_rows(model, stacked, list(ids), [found, *uniform], lambda: None)
-    layers = [None if f is None else str(f) for f in found.layers]
-    return [row | ({"layers": layers} if row["recipe"] == found.name else {}) for row in rows]
+    rows = recipe_rows(model, stacked, list(ids), [*found, *uniform], lambda: None)
+    layers = {one.name: [None if f is None else str(f) for f in one.layers] for one in found}
+    return [
+        row | ({"layers": layers[name]} if (name := row["recipe"]) in layers else {})
+        for row in rows
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Bits per layer under a budget.")
-    parser.add_argument("--model", choices=list(models.MODELS), default="smollm2-135m")
+    parser.add_argument("--models", nargs="+", choices=list(models.MODELS), default=models.MODELS)
     parser.add_argument(
         "--recipe",
         choices=list(RECIPES),
         default="kivi-2 g32, V rotated, clipped",
         help="but its bits",
     )
-    parser.add_argument("--bits", type=float, default=3.5, help="per element, at most, on average")
+    parser.add_argument(
+        "--bits", type=float, nargs="+", default=[2.75, 3.5], help="per element, mean, at most"
+    )
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    loaded = models.load(args.model, args.device)
-    calibration = texts.calibration(loaded.tokenizer, CALIBRATION_TOKENS).to(args.device)
-    ids = {name: texts.tokens(loaded.tokenizer, name, args.context) for name in texts.TEXTS}
-    rows = search(loaded.model, calibration, ids, RECIPES[args.recipe], args.bits)
+    rows: list[Row] = []
+    for name in args.models:
+        loaded = models.load(name, args.device)
+        calibration = texts.calibration(loaded.tokenizer, CALIBRATION_TOKENS).to(args.device)
+        ids = {text: texts.tokens(loaded.tokenizer, text, args.context) for text in texts.TEXTS}
+        found = search(loaded.model, calibration, ids, RECIPES[args.recipe], args.bits)
+        rows += [{"model": name} | row for row in found]
     console = Console(highlight=False)
     for row in rows:
         numbers = f"{row['bits_per_element']} bits, KL {row['kl']}, {row['perplexity']}"
-        console.print(f"{row['text']}, {row['recipe']}: {numbers}", markup=False)
+        console.print(f"{row['model']}, {row['text']}, {row['recipe']}: {numbers}", markup=False)
     if args.output is not None:
-        save(args.output, Results(facts(args.device), [{"model": args.model} | r for r in rows]))
+        save(args.output, Results(facts(args.device), rows))
 
 
 if __name__ == "__main__":

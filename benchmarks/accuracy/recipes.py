@@ -66,15 +66,15 @@ KIVI4 = kivi("kivi-4 g128", (4, 4), (128, WHOLE), long=True)
 KIVI2 = kivi("kivi-2 g32", (2, 2), (32, 32), long=True)
 K4V2 = kivi("k4v2 g128/32", (4, 2), (128, 32), long=True)
 KIVI2_ROTATED = kivi("kivi-2 g32, rotated", (2, 2), (32, 32), **ROTATED)
-K4V2_ROTATED = kivi("k4v2 g128/32, rotated", (4, 2), (128, 32), **ROTATED)
-OSCAR = kivi("oscar", (2, 2), (32, 32), **ROTATED, token_norm=True, long=True)
+K4V2_ROTATED = kivi("k4v2 g128/32, rotated", (4, 2), (128, 32), **ROTATED, long=True)
+OSCAR = kivi("oscar", (2, 2), (32, 32), **ROTATED, token_norm=True)
 KIVI2_V_ROTATED = clipped(kivi("kivi-2 g32, V rotated", (2, 2), (32, 32), **V_ROTATED), long=True)
 KIVI2_ALL_ROTATED = clipped(KIVI2_ROTATED, long=True)
 
 PLAIN = (
     KIVI4,
     kivi("kivi-4 g64", (4, 4), (64, 64)),
-    kivi("kivi-4 g32", (4, 4), (32, 64), long=True),
+    kivi("kivi-4 g32", (4, 4), (32, 64)),
     token("token-4 g64", (4, 4), 64),
     K4V2,
     kivi("k2v4 g32", (2, 4), (32, WHOLE)),
@@ -90,9 +90,12 @@ TRANSFORMED = (
     token("hadamard-4, centred", (4, 4), 64, **ROTATED, centred=True, long=True),
     token("hadamard-4, blocks of 16", (4, 4), 64, k_rotation=16, v_rotation=16),
     token("hadamard-4, blocks of 64", (4, 4), 64, k_rotation=64, v_rotation=64),
-    kivi("kivi-4 g128, rotated", (4, 4), (128, WHOLE), **ROTATED),
+    kivi("kivi-4 g128, V rotated", (4, 4), (128, WHOLE), **V_ROTATED),
+    kivi("kivi-4 g128, rotated", (4, 4), (128, WHOLE), **ROTATED, long=True),
     kivi("k4v2 g128/32, V rotated", (4, 2), (128, 32), **V_ROTATED),
     K4V2_ROTATED,
+    kivi("k4v2 g128/whole, rotated", (4, 2), (128, WHOLE), **ROTATED),
+    kivi("k4v2 g128/whole, rotated, clip 90", (4, 2), (128, WHOLE), **ROTATED, v_clip=90),
     kivi("k2v4 g32, rotated", (2, 4), (32, WHOLE), **ROTATED),
     KIVI2_ROTATED,
     kivi("kivi-2 g32, blocks of 16 rotated", (2, 2), (32, 32), k_rotation=16, v_rotation=16),
@@ -106,22 +109,21 @@ CLIPPED = (
     clipped(KIVI2),
     KIVI2_V_ROTATED,
     KIVI2_ALL_ROTATED,
-    clipped(kivi("kivi-2 g32/64, V rotated", (2, 2), (32, 64), **V_ROTATED)),
-    clipped(kivi("kivi-2 g32/whole, V rotated", (2, 2), (32, WHOLE), **V_ROTATED)),
-    clipped(kivi("kivi-2 g64, V rotated", (2, 2), (64, 64), **V_ROTATED), long=True),
-    clipped(kivi("kivi-2 g128/64, V rotated", (2, 2), (128, 64), **V_ROTATED)),
+    clipped(kivi("kivi-2 g32/whole, V rotated", (2, 2), (32, WHOLE), **V_ROTATED), long=True),
+    clipped(kivi("kivi-2 g64, V rotated", (2, 2), (64, 64), **V_ROTATED)),
+    clipped(kivi("kivi-2 g128, V rotated", (2, 2), (128, WHOLE), **V_ROTATED), long=True),
     clipped(kivi("kivi-2 g32, V rotated, norms", (2, 2), (32, 32), **V_ROTATED, token_norm=True)),
     clipped(kivi("k4v2 g128/32, V rotated", (4, 2), (128, 32), **V_ROTATED), long=True),
-    clipped(kivi("k4v2 g128/64, V rotated", (4, 2), (128, 64), **V_ROTATED)),
+    clipped(kivi("k4v2 g128/whole, V rotated", (4, 2), (128, WHOLE), **V_ROTATED)),
     kivi("kivi-4 g32, V rotated", (4, 4), (32, 64), **V_ROTATED),
     clipped(OSCAR, long=True),
     clipped(K4V2_ROTATED),
-    clipped(kivi("k4v2 g128/64, rotated", (4, 2), (128, 64), **ROTATED)),
+    clipped(kivi("k4v2 g128/whole, rotated", (4, 2), (128, WHOLE), **ROTATED), long=True),
     clipped(kivi("k2v4 g32, rotated", (2, 4), (32, WHOLE), **ROTATED)),
-    clipped(kivi("kivi-2 g32/64, rotated", (2, 2), (32, 64), **ROTATED)),
+    clipped(kivi("kivi-2 g32/whole, rotated", (2, 2), (32, WHOLE), **ROTATED)),
     clipped(kivi("kivi-2 g64, rotated", (2, 2), (64, 64), **ROTATED)),
-    clipped(kivi("kivi-2 g128, rotated", (2, 2), (128, 64), **ROTATED)),
-    clipped(kivi("kivi-2 g128/64, rotated, norms", (2, 2), (128, 64), **ROTATED, token_norm=True)),
+    clipped(kivi("kivi-2 g128, rotated", (2, 2), (128, WHOLE), **ROTATED)),
+    clipped(kivi("kivi-2 g128, rotated, norms", (2, 2), (128, WHOLE), **ROTATED, token_norm=True)),
 )
 ZONES = tuple(
     with_zones(recipe, first, last)
@@ -133,20 +135,25 @@ REDUCED = (KIVI4.name, K4V2.name, KIVI2.name, KIVI2_V_ROTATED.name)
 # What is recommended, what it is chosen over, and the baselines of the targets.
 FEW = (
     KIVI4.name,
+    "kivi-4 g128, V rotated",
     "kivi-4 g128, rotated",
     "hadamard-4",
     "hadamard-4, centred",
     "token-4 g64",
     K4V2.name,
     "k4v2 g128/32, V rotated",
-    "k4v2 g128/32, V rotated, clipped",
     K4V2_ROTATED.name,
+    "k4v2 g128/32, rotated, clipped",
+    "k4v2 g128/whole, V rotated, clipped",
+    "k4v2 g128/whole, rotated, clipped",
+    "kivi-2 g128",
+    "kivi-2 g128, V rotated, clipped",
+    "kivi-2 g128, rotated, clipped",
     KIVI2.name,
     "kivi-2 g32, clipped",
     KIVI2_V_ROTATED.name,
     KIVI2_ALL_ROTATED.name,
-    "kivi-2 g32, norms",
+    "kivi-2 g32/whole, V rotated, clipped",
+    "kivi-2 g32/whole, rotated, clipped",
     "oscar, clipped",
-    "kivi-2 g64, V rotated, clipped",
-    "kivi-2 g32/64, V rotated, clipped",
 )

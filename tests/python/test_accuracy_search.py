@@ -70,7 +70,7 @@ def test_hull_leaves_out_what_mixtures_beat() -> None:
 def test_search(family: str) -> None:
     model = make_gemma() if family == "gemma" else make_model()
     texts = {name: tokens(1, 330, seed=i)[0] for i, name in enumerate(("one", "two"))}
-    rows = bit_search.search(model, tokens(1, 330, seed=9)[0], texts, KIVI2, bits=4.01)
+    rows = bit_search.search(model, tokens(1, 330, seed=9)[0], texts, KIVI2, [4.01])
     searched = [row for row in rows if row["recipe"].startswith("searched")]
     assert len(searched) == 2
     assert all(row["bits_per_element"] <= 4.01 for row in searched)

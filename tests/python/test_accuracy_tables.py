@@ -77,15 +77,20 @@ def test_targets(tables: Any) -> None:
 def test_the_page_has_every_section(tables: Any, tmp_path: Path, monkeypatch: Any) -> None:
     results = tables.Results(FACTS, make_rows())
     text = tables.PAGE.read_text()
-    new = tables.document(results, text)
+    layered = text_row("searched, 2.9 bits", "", 2.9, "novel", kl=0.01)
+    searched = tables.Results(FACTS, [layered])
+    new = tables.document(results, searched, text)
     assert "Not measured yet" not in new
-    assert tables.document(results, new) == new
-    page, file = tmp_path / "page.md", tmp_path / "results.json"
+    assert "| tiny | searched, 2.9 bits | 2.900 | +0.00% (+0.00%) | 0.0100 (0.0100) |" in new
+    assert tables.document(results, searched, new) == new
+    page, file, second = (tmp_path / name for name in ("page.md", "results.json", "second.json"))
     page.write_text(text)
     importlib.import_module("results").save(file, results)
+    importlib.import_module("results").save(second, searched)
     monkeypatch.setattr(tables, "PAGE", page)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    monkeypatch.setattr("sys.argv", ["accuracy_tables.py", "--results", str(file)])
+    files = ["--results", str(file), "--searched", str(second)]
+    monkeypatch.setattr("sys.argv", ["accuracy_tables.py", *files])
     tables.main()
     assert page.read_text() == new
 
@@ -94,4 +99,5 @@ def test_the_committed_page_is_of_the_committed_results(tables: Any) -> None:
     if not tables.RESULT.exists():
         pytest.skip("no results yet")
     text = tables.PAGE.read_text()
-    assert tables.document(tables.load(tables.RESULT), text) == text
+    found = (tables.load(path) for path in (tables.RESULT, tables.SEARCHED))
+    assert tables.document(*found, text) == text
