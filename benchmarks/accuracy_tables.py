@@ -74,10 +74,10 @@ def text_table(results: Results, model: str) -> str:
 
 def codes(row: Row) -> tuple[int, int] | None:
     """K and V bits of a recipe with the zones of the targets; None: it is no part of them."""
-    if (row["keep_first"], row["keep_last"]) != ZONES or len(row["formats"]) != 1:
+    found = {(int(name[1]), int(name[3])) for name in row["formats"]}  # k4v2_...
+    if (row["keep_first"], row["keep_last"]) != ZONES or len(found) != 1:
         return None
-    name = row["formats"][0]  # k4v2_...
-    return int(name[1]), int(name[3])
+    return found.pop()
 
 
 def target_lines(results: Results, model: str) -> list[list[str]]:

@@ -14,10 +14,8 @@ set(BITDECODING_PAGES
   k4v4_c_d256 k4v4_t_d256  k4v2_c_d256 k2v2_c_d256)
 set(BITDECODING_KERNEL_TABLE
 #  kind          pages      tile  registers  stack  shared
-  "pack          *          -            48      0       0"   # prefill pack, every device
-  "pack          *_t_d128   -            64      0       0"   #   63 for one of the architectures, never for both
+  "pack          *          -            64      0       0"   # prefill pack, every device: 4 CTAs share an SM
   "append        *          -            64      0       0"   # append, every device
-  "pack          *_d256     -            64      0       0"   #   two CTAs fill the shared memory of an SM
   "append        *_d256     -           128      0       0"
   "decode_sm80   *          n4          168     16       0"   # decode for 8.0 to 8.9, cp.async rings: 12 warps; spills, in merges
   "decode_sm80   *          n8          168     16       0"

@@ -42,16 +42,6 @@ class Choice:
     error: float
 
 
-@dataclass(frozen=True)
-class LayeredRecipe(Recipe):
-    """A recipe with a format of its own for every layer."""
-
-    layers: tuple[KvFormat | None, ...] = ()
-
-    def formats(self, kinds: list[str], head_dim: int) -> list[KvFormat | None]:
-        return list(self.layers)
-
-
 def variants(base: Recipe, head_dim: int) -> list[Recipe]:
     """``base`` in every pair of bits, each with and without a rotation of K, as far as this build
     has them. Ranges are clipped at two bits alone."""
@@ -131,12 +121,12 @@ def assign(layers: Sequence[Sequence[Choice]], bits: float) -> list[Choice]:
         places[layer] += 1
 
 
-def layered(base: Recipe, kinds: Sequence[str], found: Sequence[Choice]) -> LayeredRecipe:
+def layered(base: Recipe, kinds: Sequence[str], found: Sequence[Choice]) -> Recipe:
     """What LowBitCache takes."""
     rest = iter(found)
     formats = [next(rest).format if kind == "full_attention" else None for kind in kinds]
     name = f"searched, {sum(c.bits for c in found) / len(found):.3f} bits"
-    return LayeredRecipe(name, base.fields, base.keep_first, base.keep_last, layers=tuple(formats))
+    return Recipe(name, base.fields, base.keep_first, base.keep_last, layers=tuple(formats))
 
 
 def search(
@@ -155,7 +145,7 @@ def search(
     found = [layered(base, kinds, assign(choices, bits)) for bits in budgets]
     stacked = torch.stack(list(ids.values())).to(model.device)
     rows = recipe_rows(model, stacked, list(ids), [*found, *uniform], lambda: None)
-    layers = {one.name: [None if f is None else str(f) for f in one.layers] for one in found}
+    layers = {one.name: [None if f is None else str(f) for f in one.layers or ()] for one in found}
     return [
         row | ({"layers": layers[name]} if (name := row["recipe"]) in layers else {})
         for row in rows

@@ -16,8 +16,7 @@ def layer_kinds(config: Any) -> list[str]:
 
 
 def head_dim(config: Any) -> int:
-    text = config.get_text_config(decoder=True)
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return transformers.head_dim_of(config.get_text_config(decoder=True))
 
 
 def formats_of(recipe: Recipe, config: Any) -> list[KvFormat | None]:

@@ -23,12 +23,13 @@ from rich.progress import Progress
 import bitdecoding
 from accuracy import models, texts
 from accuracy.bench import KINDS, Bench, Sizes, Unit, available, key_of
+from accuracy.caches import head_dim
 from accuracy.recipes import FEW, RECIPES, REDUCED, Recipe
-from bitdecoding.calibration import key_means
+from bitdecoding.calibration import choose_key_rotations, key_means
 
 NEEDLES = {"smollm2-135m": (1024, 4096, 8000), "gemma-3-270m": (1024, 4096, 16384)}
 REDUCED_TEXTS = ("novel", "code")
-MEAN_TOKENS = 2048  # of the calibration text, for means of K
+CALIBRATION_TOKENS = 2048  # for means and rotations of K
 
 
 def sizes(name: str, args: argparse.Namespace) -> Sizes:
@@ -58,11 +59,18 @@ def bench_of(name: str, args: argparse.Namespace, console: Console) -> Bench:
 
 
 def calibrated(recipes: Sequence[Recipe], loaded: models.Loaded) -> list[Recipe]:
-    """The recipes, those that are centred with their model's means of K."""
-    if not any(recipe.centred for recipe in recipes):
+    """The recipes with what they want to know of their model: means of K where they are centred,
+    the layers whose K is rotated where that is chosen."""
+    if not any(recipe.centred or recipe.chosen for recipe in recipes):
         return list(recipes)
-    means = key_means(loaded.model, texts.calibration(loaded.tokenizer, MEAN_TOKENS)[None])
-    return [replace(recipe, k_means=means) if recipe.centred else recipe for recipe in recipes]
+    model, ids = loaded.model, texts.calibration(loaded.tokenizer, CALIBRATION_TOKENS)[None]
+    means, found = key_means(model, ids), []
+    for recipe in recipes:
+        if recipe.chosen:
+            base = recipe.format(head_dim(model.config))
+            recipe = replace(recipe, layers=tuple(choose_key_rotations(model, ids, base)))
+        found.append(replace(recipe, k_means=means) if recipe.centred else recipe)
+    return found
 
 
 def facts(device: str) -> dict[str, Any]:

@@ -15,38 +15,9 @@ import torch
 from accuracy import caches
 from accuracy.forcing import forced, schedule
 from accuracy.recipes import Recipe
-from bitdecoding.cache_layers import LowBitLayer, NewTokens, SixteenBitLayer
+from bitdecoding.cache_layers import LowBitLayer, SixteenBitLayer
+from bitdecoding.calibration import ProbedLayer
 from bitdecoding.transformers import ATTENTION, LowBitCache
-
-
-class ProbedLayer(SixteenBitLayer):
-    """A 16-bit layer that compares what others make of the same step."""
-
-    def __init__(self, probes: Sequence[LowBitLayer], dense: int) -> None:
-        super().__init__()
-        self.probes, self.dense = probes, dense  # tokens before anything is packed
-        self.error = torch.zeros(len(probes), dtype=torch.float64)  # summed squares
-        self.signal = torch.zeros((), dtype=torch.float64)
-
-    def attend(
-        self, module: Any, query: torch.Tensor, new: NewTokens, mask: Any, scale: float
-    ) -> torch.Tensor:
-        out = super().attend(module, query, new, mask, scale)
-        tokens = query.shape[2]
-        counted = new.keys.shape[2] > self.dense
-        keys, values = new.keys[:, :, -tokens:], new.values[:, :, -tokens:]
-        for index, probe in enumerate(self.probes):
-            theirs, _ = probe.update(keys, values)
-            found = probe.attend(module, query, theirs, mask, scale)
-            if counted:
-                self.error[index] += (found - out).double().square().sum().cpu()
-        if counted:
-            self.signal += out.double().square().sum().cpu()
-        return out
-
-    def relative(self) -> list[float]:
-        """Of every probe: the error's norm over that of the output."""
-        return [float(x) for x in (self.error / self.signal).sqrt()]
 
 
 def relative_errors(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bitdecoding import recipes
+from bitdecoding import KvFormat, recipes
 
 WHOLE = recipes.WHOLE
 
@@ -19,6 +19,17 @@ class Recipe(recipes.Recipe):
 
     long: bool = False  # it also writes freely, which takes a step per token
     k_means: Sequence[Any] | None = field(default=None, compare=False, repr=False)  # if centred
+    chosen: bool = False  # calibration rotates K of the layers where that helps: it fills
+    layers: tuple[KvFormat | None, ...] | None = None  # formats of their own
+
+    def formats(self, kinds: Sequence[str], head_dim: int) -> list[KvFormat | None]:
+        if self.layers is not None:
+            return list(self.layers)
+        if self.chosen:
+            raise ValueError(
+                f"{self.name}: layers = None; it wants what its model's calibration chose"
+            )
+        return super().formats(kinds, head_dim)
 
     def why_not(self, head_dim: int) -> str | None:
         """Why this build has no such recipe; None: it has."""
@@ -32,7 +43,7 @@ class Recipe(recipes.Recipe):
 def kivi(name: str, bits: tuple[int, int], groups: tuple[int, int], **more: Any) -> Recipe:
     """K per channel, V per token; groups of K in tokens, of V in channels."""
     codes = {"k_bits": bits[0], "v_bits": bits[1], "k_group": groups[0], "v_group": groups[1]}
-    options = {k: more.pop(k) for k in ("edges", "centred", "long") if k in more}
+    options = {k: more.pop(k) for k in ("edges", "centred", "chosen", "long") if k in more}
     return Recipe(name, {**codes, **more}, **options)
 
 
@@ -125,12 +136,21 @@ CLIPPED = (
     clipped(kivi("kivi-2 g128, rotated", (2, 2), (128, WHOLE), **ROTATED)),
     clipped(kivi("kivi-2 g128, rotated, norms", (2, 2), (128, WHOLE), **ROTATED, token_norm=True)),
 )
+CHOSEN = tuple(
+    replace(recipe, name=f"{recipe.name}, K where it helps", chosen=True, long=True)
+    for recipe in (
+        kivi("kivi-4 g128, V rotated", (4, 4), (128, WHOLE), **V_ROTATED),
+        kivi("k4v2 g128/32, V rotated", (4, 2), (128, 32), **V_ROTATED),
+        clipped(kivi("kivi-2 g32/whole, V rotated", (2, 2), (32, WHOLE), **V_ROTATED)),
+        clipped(kivi("kivi-2 g128, V rotated", (2, 2), (128, WHOLE), **V_ROTATED)),
+    )
+)
 ZONES = tuple(
     with_zones(recipe, first, last)
     for recipe in (KIVI4, KIVI2, KIVI2_V_ROTATED)
     for first, last in ((0, 0), (0, 64), (16, 128), (64, 256))
 )
-RECIPES = {recipe.name: recipe for recipe in (*PLAIN, *TRANSFORMED, *CLIPPED, *ZONES)}
+RECIPES = {recipe.name: recipe for recipe in (*PLAIN, *TRANSFORMED, *CLIPPED, *CHOSEN, *ZONES)}
 REDUCED = (KIVI4.name, K4V2.name, KIVI2.name, KIVI2_V_ROTATED.name)
 # What is recommended, what it is chosen over, and the baselines of the targets.
 FEW = (
@@ -156,4 +176,5 @@ FEW = (
     "kivi-2 g32/whole, V rotated, clipped",
     "kivi-2 g32/whole, rotated, clipped",
     "oscar, clipped",
+    *(recipe.name for recipe in CHOSEN),
 )

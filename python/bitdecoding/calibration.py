@@ -1,30 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is found or changed in a transformers model before it reads: means of K, folded rotations.
+"""What is found or changed in a transformers model before it reads: rotations and means of K,
+folded rotations of V.
 
-    from bitdecoding.calibration import fold_value_rotation, key_means
+    from bitdecoding.calibration import choose_key_rotations, fold_value_rotation, key_means
 
-    fold_value_rotation(model, 64)  # its V is turned: decode need not turn back
+    cache = LowBitCache(model.config, choose_key_rotations(model, ids, "int2"))
     cache = LowBitCache(model.config, "hadamard-4", k_means=key_means(model, ids))
+    fold_value_rotation(model, 64)  # its V is turned: decode need not turn back
 
 A fold goes with a format whose v_rotation is 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from bitdecoding.recipes import FULL_ATTENTION
-from bitdecoding.transformers import ATTENTION, SIXTEEN_BIT, LowBitCache, layer_kinds
+from bitdecoding import KvFormat
+from bitdecoding.cache_layers import LowBitLayer, NewTokens, SixteenBitLayer
+from bitdecoding.recipes import FULL_ATTENTION, WHOLE, fields_of, resolve_format
+from bitdecoding.transformers import ATTENTION, SIXTEEN_BIT, LowBitCache, head_dim_of, layer_kinds
 
 import torch  # isort: skip  # after the line above, which says what to install
 from transformers.cache_utils import DynamicCache  # isort: skip
 
 FIRST_TOKENS = 16  # left out of means: they stay in 16 bit, and models make them unlike all others
 ROTATIONS = (16, 64, 128)
+COMPARED_TOKENS = 128  # the last ones of a text, whose attention is compared
 # What may lie between the projections and the scores without seeing single channels of V.
 _HARMLESS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
 
-__all__ = ["fold_value_rotation", "key_means"]
+__all__ = ["choose_key_rotations", "fold_value_rotation", "key_means"]
+
+
+class ProbedLayer(SixteenBitLayer):
+    """A 16-bit layer that compares what packed ones make of the same step."""
+
+    def __init__(self, probes: Sequence[LowBitLayer], dense: int) -> None:
+        super().__init__()
+        self.probes, self.dense = probes, dense  # tokens of the first step, which isn't compared
+        self.error = torch.zeros(len(probes), dtype=torch.float64)  # summed squares
+        self.signal = torch.zeros((), dtype=torch.float64)
+
+    def attend(
+        self, module: Any, query: torch.Tensor, new: NewTokens, mask: Any, scale: float
+    ) -> torch.Tensor:
+        out = super().attend(module, query, new, mask, scale)
+        tokens = query.shape[2]
+        counted = new.keys.shape[2] > self.dense
+        keys, values = new.keys[:, :, -tokens:], new.values[:, :, -tokens:]
+        for index, probe in enumerate(self.probes):
+            theirs, _ = probe.update(keys, values)
+            found = probe.attend(module, query, theirs, mask, scale)
+            if counted:
+                self.error[index] += (found - out).double().square().sum().cpu()
+        if counted:
+            self.signal += out.double().square().sum().cpu()
+        return out
+
+    def relative(self) -> list[float]:
+        """Of every probe: the error's norm over that of the output."""
+        return [float(x) for x in (self.error / self.signal).sqrt()]
+
+
+def choose_key_rotations(
+    model: Any, ids: torch.Tensor, format: KvFormat | str
+) -> list[KvFormat | None]:
+    """Per layer the format with a rotation of K over the whole head or without, as ``LowBitCache``
+    takes them: whichever comes closer to the attention of 16 bits on a text.
+
+    A rotation spreads the large channels of K over all others. Where none is far larger than the
+    rest it halves the error of two bits, where some are (Gemma 3) it multiplies it
+    (docs/accuracy.md).
+
+    model   a causal model of transformers that LowBitCache serves
+    ids     (B, S) token ids without padding; the last 128 tokens of a row are compared, and a page
+            of the format and 64 tokens, or more, lie before them. About a thousand do
+    format  a name or a KvFormat, as resolve_format takes it; its own k_rotation doesn't count
+
+    Returns None for layers with a sliding window. Raises ValueError for ids of another shape,
+    NotImplementedError as LowBitCache.
+    """
+    text = model.config.get_text_config(decoder=True)
+    kinds, dim = layer_kinds(text), head_dim_of(text)
+    given = fields_of(resolve_format(format, dim))
+    candidates = [
+        KvFormat(**given | {"k_rotation": channels}, head_dim=dim)
+        for channels in (0, min(dim, WHOLE))
+    ]
+    least = candidates[0].page_tokens + 64 + COMPARED_TOKENS
+    if ids.ndim != 2 or ids.shape[1] < least:
+        raise ValueError(f"ids = {tuple(ids.shape)}; allowed: (rows, tokens), {least} or more")
+    dense = ids.shape[1] - COMPARED_TOKENS
+    probes = [LowBitCache(text, one, max_tokens=ids.shape[1]) for one in candidates]
+    cache = LowBitCache(text, SIXTEEN_BIT)
+    for index, kind in enumerate(kinds):
+        if kind == FULL_ATTENTION:
+            cache.layers[index] = ProbedLayer([p.layers[index] for p in probes], dense)
+    before = text._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    try:
+        with torch.no_grad():
+            for block in ids.to(model.device).split([dense, COMPARED_TOKENS], dim=1):
+                model.base_model(block, past_key_values=cache, use_cache=True)
+    finally:
+        model.set_attn_implementation(before)
+    return [_better(layer, candidates) for layer in cache.layers]
+
+
+def _better(layer: Any, candidates: Sequence[KvFormat]) -> KvFormat | None:
+    if not isinstance(layer, ProbedLayer):
+        return None
+    errors = layer.relative()
+    return candidates[errors.index(min(errors))]
 
 
 def key_means(model: Any, ids: torch.Tensor) -> list[torch.Tensor | None]:

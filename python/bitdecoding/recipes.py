@@ -69,10 +69,14 @@ class Recipe:
         return [self.format(head_dim) if i in packed else None for i in range(len(kinds))]
 
 
+def fields_of(format: KvFormat) -> dict[str, Any]:
+    """What :attr:`Recipe.fields` hold: all but head_dim."""
+    return {field: getattr(format, field) for field in _FIELDS}
+
+
 def recommended(name: str, bits: int) -> Recipe:
     """The library's choice (:meth:`KvFormat.recommended`), which fits every head_dim."""
-    format = KvFormat.recommended(bits=bits, head_dim=2 * WHOLE)
-    return Recipe(name, {field: getattr(format, field) for field in _FIELDS})
+    return Recipe(name, fields_of(KvFormat.recommended(bits=bits, head_dim=2 * WHOLE)))
 
 
 def kivi(name: str, k_bits: int, v_bits: int, k_group: int, v_group: int, **more: Any) -> Recipe:

@@ -91,7 +91,7 @@ class LowBitCache(Cache):  # type: ignore[misc]
         text = config.get_text_config(decoder=True)
         kinds = layer_kinds(text)
         heads = text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        head_dim = head_dim_of(text)
         self.formats = _layer_formats(format, kinds, head_dim)
         self._columns = Columns()
         workspaces: dict[str, Workspace] = {}  # layers run one after the other: one per device
@@ -230,6 +230,13 @@ def low_bit_mask(
     ):
         return None
     return attention_mask
+
+
+def head_dim_of(config: Any) -> int:
+    """Channels of a head, of a text config."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
 
 
 def layer_kinds(config: Any) -> list[str]:

@@ -181,7 +181,7 @@ def test_which_recipes_are_chosen() -> None:
 
 def test_centred_recipes_get_the_means_of_their_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model, centred = make_gemma(), RECIPES["hadamard-4, centred"]
-    ids = tokens(1, command.MEAN_TOKENS)[0]
+    ids = tokens(1, command.CALIBRATION_TOKENS)[0]
     monkeypatch.setattr(command.texts, "calibration", lambda tokenizer, count: ids[:count])
     loaded = command.models.Loaded(model, tokenizer)
     plain, found = command.calibrated([KIVI2, centred], loaded)

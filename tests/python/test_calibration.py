@@ -14,7 +14,12 @@ transformers = pytest.importorskip("transformers")
 from test_transformers_layers import make_gemma  # noqa: E402
 from tiny_models import forward, make_model, tokens  # noqa: E402
 
-from bitdecoding.calibration import fold_value_rotation, key_means  # noqa: E402
+from bitdecoding import KvFormat  # noqa: E402
+from bitdecoding.calibration import (  # noqa: E402
+    choose_key_rotations,
+    fold_value_rotation,
+    key_means,
+)
 from bitdecoding.transformers import ATTENTION, LowBitCache  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -169,3 +174,32 @@ def test_a_clipped_v_cannot_be_folded() -> None:
     model.config.clip_qkv = 8.0
     with pytest.raises(NotImplementedError, match=r"layer 0 clips V \(clip_qkv = 8.0\)"):
         fold_value_rotation(model, 64)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_keys_are_rotated_where_no_channel_is_far_larger_than_others(large: bool) -> None:
+    """Large channels (in pairs of the rotary embedding) that queries make up for: scores stay what
+    they were, but a rotation spreads the errors of such channels to where queries look."""
+    model, channels = make_model((4, 2, 64)), [5, 5 + 32, 11, 11 + 32]
+    for layer in model.model.layers if large else ():
+        layer.self_attn.k_proj.weight.data.view(2, 64, -1)[:, channels] *= 40
+        layer.self_attn.q_proj.weight.data.view(4, 64, -1)[:, channels] /= 40
+    ids = tokens(2, 512)
+    model.set_attn_implementation("sdpa")
+    found = choose_key_rotations(model, ids, "int2")
+    assert model.config._attn_implementation == "sdpa"
+    assert [format.k_rotation for format in found if format] == [0 if large else 64] * 2
+    base = KvFormat.recommended(bits=2, head_dim=64)
+    assert {str(format).replace("_kr64", "") for format in found} == {str(base)}
+    model.set_attn_implementation(ATTENTION)
+    forward(model, ids, LowBitCache(model.config, found))
+
+
+def test_windows_have_no_keys_to_rotate() -> None:
+    found = choose_key_rotations(make_gemma(), tokens(1, 400), "kivi-2-g32")
+    assert [format is None for format in found] == [True, False, True]
+
+
+def test_too_short_a_text_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ids = \(1, 319\); allowed: \(rows, tokens\), 320"):
+        choose_key_rotations(make_model(), tokens(1, 319), "int4")

@@ -12,24 +12,19 @@ namespace bitdecoding {
 
 namespace format {
 
-// The table. bits: 4, 3 (K in 4 bits, V in 2) or 2.
+// The table. bits: 4, 3 (K in 4 bits, V in 2) or 2. A rotation of V helps every model that was
+// measured; one of K helps some and harms others, so that only a model's calibration adds it.
 constexpr KvFormat recommended(int bits, int head_dim) {
   const int whole = std::min(head_dim, kMostGroupChannels);
-  KvFormat f{.head_dim = head_dim};
-  f.v_rotation = whole;
-  if (bits == 4) {
-    f.k_group = 128;
-    f.v_group = whole;
-    f.k_rotation = whole;
-  } else if (bits == 3) {
+  KvFormat f{.k_group = 128, .v_group = whole, .head_dim = head_dim, .v_rotation = whole};
+  if (bits == 3) {
     f.v_bits = 2;
-    f.k_group = 128;
     f.v_group = 32;
-    f.k_rotation = whole;
-  } else {
+  } else if (bits == 2) {
     f.k_bits = f.v_bits = 2;
-    f.k_group = f.v_group = 32;
-    f.k_clip = f.v_clip = 85;
+    f.k_group = 32;
+    f.k_clip = 85;
+    f.v_clip = 80;
   }
   return f;
 }
