@@ -169,8 +169,10 @@ def sections(results: Results) -> dict[str, str]:
     """By the name of its markers: what stands between them."""
     names = list(dict.fromkeys(row["model"] for row in results.rows))
 
-    def per_model(one: Callable[[Results, str], str]) -> str:
-        return "\n".join(f"{name}:\n\n{one(results, name)}" for name in names)
+    def per_model(kind: str, one: Callable[[Results, str], str]) -> str:
+        measured = [name for name in names if of_kind(results, kind, name)]
+        found = [f"{name}:\n\n{one(results, name)}" for name in measured]
+        return "\n".join(found) or "Not measured.\n"
 
     facts = results.facts
     device = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
@@ -182,17 +184,20 @@ def sections(results: Results) -> dict[str, str]:
     head = ["model", "recipe", "aim", "found, worst text", "met"]
     return {
         "source": source,
-        "texts": per_model(text_table),
+        "texts": per_model("text", text_table),
         "targets": table(head, targets),
-        "needles": per_model(needle_table),
-        "generation": per_model(generation_table),
-        "layers": per_model(layer_table),
+        "needles": per_model("needle", needle_table),
+        "generation": per_model("generation", generation_table),
+        "layers": per_model("layers", layer_table),
         "cross-check": cross_check_line(results),
     }
 
 
-def document(results: Results, searched: Results, text: str) -> str:
-    for name, content in (sections(results) | {"search": search_table(searched)}).items():
+def document(results: Results, searched: Results | None, text: str) -> str:
+    found = sections(results)
+    if searched is not None:
+        found["search"] = search_table(searched)
+    for name, content in found.items():
         text = updated(text, name, content)
     return text
 
@@ -206,7 +211,8 @@ def main() -> None:
     parser.add_argument("--searched", type=Path, default=SEARCHED)
     args = parser.parse_args()
     text = PAGE.read_text()
-    new = document(load(args.results), load(args.searched), text)
+    searched = load(args.searched) if args.searched.exists() else None
+    new = document(load(args.results), searched, text)
     if args.check and new != text:
         sys.exit(f"{PAGE.relative_to(ROOT)} is older than the results: run accuracy_tables.py")
     if not args.check:
