@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bitdecoding import demo, demo_assets
+from bitdecoding import KvFormat, demo, demo_assets
 from bitdecoding.cli import main
 from bitdecoding.demo import CacheResult, table_rows, verdict
 from bitdecoding.demo_assets import Asset, DemoError, fetch
@@ -179,7 +179,7 @@ def test_a_run_within_the_16_bit_zones(
     assert report["complaints"] == []
     out = capsys.readouterr().out
     assert "K4V2 continues" in out
-    assert "k2v2_c32_v32_p128_d64" in out
+    assert str(KvFormat.recommended(bits=2, head_dim=64)) in out
 
 
 def test_agreement_of_two_devices(

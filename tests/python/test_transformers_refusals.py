@@ -23,9 +23,9 @@ def model() -> Any:
     return make_model()
 
 
-@pytest.mark.parametrize("format", ["int3", "k4v4_c128_v128_p128_d128", KvFormat(head_dim=128)])
+@pytest.mark.parametrize("format", ["int5", "k4v4_c128_v128_p128_d128", KvFormat(head_dim=128)])
 def test_formats_that_do_not_fit(model: Any, format: Any) -> None:
-    with pytest.raises(ValueError, match=r"int3|head_dim"):
+    with pytest.raises(ValueError, match=r"int5|head_dim"):
         LowBitCache(model.config, format)
 
 
