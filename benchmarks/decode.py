@@ -28,13 +28,14 @@ from decode_cases import (
     decode_bytes,
     kernel_row,
     queries,
+    same_memory,
 )
 from measure import machine
 from results import Results, Row, ceiling, completed, is_ours, save
 from rich.console import Console
 from rich.table import Table
 from shapes import Case, ceiling_case
-from suites import FORMATS, PLAN, SUITES, TARGETS, Measurement, Plan, planned
+from suites import FORMATS, PLAN, SUITES, TARGETS, Measurement, Plan, planned, untransformed
 from work import QUICK, Effort, Work, measure
 
 from bitdecoding import KvFormat
@@ -70,8 +71,13 @@ def decode_rows(
             query_heads=q.shape[2], query_tokens=case.query_tokens, kernel=named
         )
         label.update(kernel=plan["kernel"], copy=copy_engine(plan["kernel"]))
-        calls = [partial(copy.decode, q, out=out, kernel=named) for copy in copies]
-        return Work(calls, out, copies)
+        plain = untransformed(one.format)
+        others = [] if plain == one.format else same_memory(copies, KvFormat.parse(plain))
+        calls, rivals = (
+            [partial(cache.decode, q, out=out, kernel=named) for cache in each]
+            for each in (copies, others)
+        )
+        return Work(calls, out, copies, rivals)
 
     return measure(label, make, effort)
 

@@ -125,6 +125,25 @@ def caches(
     ]
 
 
+def same_memory(copies: list[PagedKvCache], fmt: KvFormat) -> list[PagedKvCache]:
+    """The copies once more, read as another format with the same page bytes."""
+    return [
+        PagedKvCache.wrap(
+            fmt,
+            pool=one.pool,
+            side=one.side,
+            block_table=one.block_table,
+            slots=one.slots,
+            lengths=one.lengths,
+            packed=one.packed,
+            keep_first=one.keep_first,
+            keep_last=one.keep_last,
+            workspace=one.workspace,
+        )
+        for one in copies
+    ]
+
+
 def _block_tables(pages: np.ndarray, copies: int) -> np.ndarray:
     """int32 (copies, B, most pages): shuffled ids, each once; -1 where a sequence has no page."""
     tables = np.full((copies, len(pages), pages.max()), -1, dtype=np.int32)

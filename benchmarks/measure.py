@@ -95,15 +95,41 @@ def graph_time_us(
     median, 10th and 90th percentile in microseconds.
     """
     before()
+    graph = captured(calls, launches)
+    row = time_us([graph.replay], iterations, warm_up, seconds=seconds, before=before)
+    shares = {name: round(row[name] / launches, 2) for name in ("time_us", "p10_us", "p90_us")}
+    return row | shares
+
+
+def graph_difference_us(
+    calls: Sequence[Callable[[], Any]],
+    others: Sequence[Callable[[], Any]],
+    launches: int,
+    iterations: int,
+    warm_up: int = 3,
+    *,
+    seconds: float = math.inf,
+) -> float:
+    """By how many microseconds one of ``calls`` takes longer than one of ``others``: the medians of
+    their graphs' replays, as of `graph_time_us`, which take turns, so that what the device does
+    meanwhile happens to both."""
+    replays = [captured(each, launches).replay for each in (calls, others)]
+    for i in range(2 * warm_up):
+        replays[i % 2]()
+    estimate = sum(_times(replays, 2, nothing))
+    times = _times(replays, 2 * affordable(iterations, estimate, seconds), nothing)
+    return round(float(np.median(times[::2]) - np.median(times[1::2])) / launches, 3)
+
+
+def captured(calls: Sequence[Callable[[], Any]], launches: int) -> torch.cuda.CUDAGraph:
+    """A graph of so many calls, by turns."""
     for call in calls:  # the first call of a kernel loads it, which no capture may do
         call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(launches):
             calls[i % len(calls)]()
-    row = time_us([graph.replay], iterations, warm_up, seconds=seconds, before=before)
-    shares = {name: round(row[name] / launches, 2) for name in ("time_us", "p10_us", "p90_us")}
-    return row | shares
+    return graph
 
 
 def host_times(calls: Sequence[Callable[[], Any]], count: int, repeats: int) -> list[float]:

@@ -16,7 +16,7 @@ from accuracy_tables import PAGE, table
 from provenance import RESULTS, ROOT, standing
 from results import Results, Row, is_ours, load
 from shapes import Case, tagged
-from suites import APPEND_FORMATS, RECIPES, SUITES
+from suites import APPEND_FORMATS, RECIPES, SUITES, untransformed
 from summary import microseconds, updated
 
 RESULT = RESULTS / "recipes_h200.json"
@@ -29,11 +29,6 @@ NOT_TIMED = "not timed"
 def plain(name: str) -> str:
     """The same codes in whole groups: k2v2_c32_v32_p128_d128_norm -> k2v2_c128_v128_p128_d128."""
     return re.sub(r"_[ctb]\d+_v\d+_(p\d+_d\d+).*", r"_c128_v128_\1", name)
-
-
-def untransformed(name: str) -> str:
-    """The same groups alone: k2v2_c32_v32_p128_d128_norm -> k2v2_c32_v32_p128_d128."""
-    return re.sub(r"(_p\d+_d\d+).*", r"\1", name)
 
 
 def decode_rows(results: Results) -> dict[tuple[str, str], Row]:
@@ -84,31 +79,25 @@ def append_times(results: Results) -> dict[str, Row]:
     }
 
 
-def difference_line(name: str, pairs: list[tuple[Row | None, Row | None]]) -> list[str]:
-    """A transformed format beside its groups alone: (transformed, alone) of each column."""
-    times = [
-        None if one is None or base is None else (one["time_us"], base["time_us"])
-        for one, base in pairs
-    ]
-    added = [None if pair is None else pair[0] - pair[1] for pair in times]
+def added_line(name: str, times: list[tuple[float, float] | None]) -> list[str]:
+    """What a format's transforms cost: (time, what they add) of each column."""
     cells = [
-        NOT_TIMED if pair is None else f"{pair[0] - pair[1]:+.2f} us, {pair[1] / pair[0]:.2f}"
-        for pair in times
+        NOT_TIMED if one is None else f"{one[1]:+.2f} us, {(one[0] - one[1]) / one[0]:.2f}"
+        for one in times
     ]
-    return [f"`{name}`", *cells, verdict(added)]
+    return [f"`{name}`", *cells, verdict(None if one is None else one[1] for one in times)]
 
 
 def transform_table(results: Results) -> str:
     """What a transform adds to a decode call, and what is left of the speed."""
     rows, cases = decode_rows(results), tagged("recipes")
+
+    def times(case: Case, name: str) -> tuple[float, float] | None:
+        row = rows.get((str(case), name), {})
+        return (row["time_us"], row["added_us"]) if "added_us" in row else None
+
     lines = [
-        difference_line(
-            name,
-            [
-                (rows.get((str(case), name)), rows.get((str(case), untransformed(name))))
-                for case in cases
-            ],
-        )
+        added_line(name, [times(case, name) for case in cases])
         for name in RECIPES
         if name != untransformed(name)
     ]
@@ -116,9 +105,14 @@ def transform_table(results: Results) -> str:
 
 
 def append_table(results: Results) -> str:
-    rows = append_times(results)
+    found = {name: row["time_us"] for name, row in append_times(results).items()}
+
+    def times(name: str) -> tuple[float, float] | None:
+        base = untransformed(name)
+        return (found[name], found[name] - found[base]) if {name, base} <= set(found) else None
+
     lines = [
-        difference_line(name, [(rows.get(name), rows.get(untransformed(name)))])
+        added_line(name, [times(name)])
         for name in APPEND_FORMATS
         if untransformed(name) in APPEND_FORMATS and name != untransformed(name)
     ]

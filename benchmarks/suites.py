@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -26,22 +27,31 @@ ROTATED_INT4 = INT4 + ROTATED
 # The groups of 32 that 2 bits want, without a transform and with the most of them.
 INT2_G32 = "k2v2_c32_v32_p128_d128"
 BEST_INT2 = INT2_G32 + ROTATED + "_kclip85_vclip85"
+# KvFormat.recommended(bits=4 | 3 | 2, head_dim=128)
+RECOMMENDED = (
+    INT4 + "_vr128",
+    "k4v2_c128_v32_p128_d128_vr128",
+    "k2v2_c32_v128_p128_d128_vr128_kclip85_vclip80",
+)
 # What docs/accuracy.md recommends or compares: groups, then what is done to K and V.
 RECIPES = (
     INT4,
+    RECOMMENDED[0],
     ROTATED_INT4,
     "k4v4_c32_v128_p128_d128",
     K4V2,
     "k4v2_c128_v32_p128_d128",
+    RECOMMENDED[1],
     "k4v2_c128_v32_p128_d128" + ROTATED,
     INT2,
     INT2 + ROTATED + "_kclip75_vclip75",
     INT2_G32,
     INT2_G32 + "_vr128_kclip85_vclip85",
     BEST_INT2,
-    INT2_G32 + "_norm" + ROTATED,
+    SMALL_GROUPS,
+    SMALL_GROUPS + ROTATED,
     "k2v2_c32_v128_p128_d128",
-    "k2v2_c32_v128_p128_d128_vr128_kclip85_vclip75",
+    RECOMMENDED[2],
     INT4_PER_TOKEN,
     "k4v4_t64_v64_p128_d128",
     "k4v4_t64_v64_p128_d128" + ROTATED,
@@ -54,6 +64,12 @@ RECIPES = (
 APPEND_FORMATS = (*FORMATS, INT4_PER_TOKEN, ROTATED_INT4, INT2_G32, BEST_INT2)
 
 PLAN = "plan"  # the kernel that plan_decode chooses
+
+
+def untransformed(name: str) -> str:
+    """The same page bytes as they come: k2v2_c32_v32_p128_d128_norm_vr128_kclip85 ->
+    k2v2_c32_v32_p128_d128_norm."""
+    return re.sub(r"(_p\d+_d\d+(_norm)?).*", r"\1", name)
 
 
 @dataclass(frozen=True)

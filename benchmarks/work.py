@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from decode_cases import launches_needed
-from measure import graph_time_us, host_us, time_us
+from measure import graph_difference_us, graph_time_us, host_us, time_us
 from results import Row
 
 from bitdecoding import PagedKvCache
@@ -39,6 +39,7 @@ class Work:
     calls: Sequence[Callable[[], Any]]
     out: torch.Tensor | None = None
     caches: list[PagedKvCache] = field(default_factory=list)
+    others: Sequence[Callable[[], Any]] = ()  # what the calls are compared with, in turns
 
     def poison(self) -> None:
         if self.out is not None:
@@ -51,12 +52,18 @@ class Work:
             raise RuntimeError("the output is not finite")
 
 
-def timed(mode: str, calls: Sequence[Callable[[], Any]], effort: Effort) -> Row:
-    """Times of graph replays, or of plain launches."""
+def timed(mode: str, work: Work, effort: Effort) -> Row:
+    """Times of graph replays, or of plain launches; of replays also added_us, where there are
+    others to compare with."""
+    calls, most = work.calls, {"seconds": effort.seconds}
     if mode == "plain":
-        return time_us(calls, effort.launches, seconds=effort.seconds)
+        return time_us(calls, effort.launches, **most)
     launches = launches_needed(len(calls))
-    return graph_time_us(calls, launches, effort.replays, seconds=effort.seconds)
+    row = graph_time_us(calls, launches, effort.replays, **most)
+    if work.others:
+        added = graph_difference_us(calls, work.others, launches, effort.replays, **most)
+        row["added_us"] = added
+    return row
 
 
 def measure(label: Row, make: Callable[[], Work], effort: Effort) -> list[Row]:
@@ -68,7 +75,7 @@ def measure(label: Row, make: Callable[[], Work], effort: Effort) -> list[Row]:
             if work is None:
                 work = make()
             work.poison()
-            found = timed(mode, work.calls, effort)
+            found = timed(mode, work, effort)
             work.verify()
             if host is None:
                 host = host_us(work.calls, host_calls(found["time_us"]))

@@ -15,15 +15,15 @@ set(BITDECODING_PAGES
 set(BITDECODING_KERNEL_TABLE
 #  kind          pages      tile  registers  stack  shared
   "pack          *          -            64      0       0"   # prefill pack, every device: 4 CTAs share an SM
+  "pack          *_d256     -            80      0       0"   # 3: of the tile, 64 KiB, no more would fit
   "append        *          -            64      0       0"   # append, every device
   "append        *_d256     -           128      0       0"
   "decode_sm80   *          n4          168     16       0"   # decode for 8.0 to 8.9, cp.async rings: 12 warps; spills, in merges
   "decode_sm80   *          n8          168     16       0"
   "decode_sm80   *_d256     n4          255      0       0"   #   8 warps
-  "decode_sm80   *_d256     n8          255    256       0"   #   an array that lies there, of the output
-  "decode_sm80   *_t_d256   n8          255    272       0"   #   and spills
+  "decode_sm80   *_d256     n8          255      0       0"
+  "decode_sm80   *_t_d256   n8          255      8       0"   #   spills
   "decode_sm80   *          n16         255      0       0"   #   8 warps; head_dim 256: of 8 columns each
-  "decode_sm80   *_d256     n16         255    256       0"   #   as of n8
   "decode_sm80   *_c_d128   n16         255     16       0"   #   spills
   "decode_sm80   *_t_d128   n16         255    128       0"   #   spills
   "decode_sm80   *_b_d128   n16         255     96       0"   #   spills
@@ -31,9 +31,8 @@ set(BITDECODING_KERNEL_TABLE
   "decode_sm90   *          n8          168      8       0"   #   spills
   "decode_sm90   *_b_d128   n8          168     24       0"   #   spills
   "decode_sm90   *_d256     n4          255      0       0"   #   8 warps
-  "decode_sm90   *_d256     n8          255    256       0"   #   an array that lies there, of the output
+  "decode_sm90   *_d256     n8          255      0       0"
   "decode_sm90   *          n16         255      0       0"   #   8 warps; head_dim 256: of 8 columns each
-  "decode_sm90   *_d256     n16         255    256       0"   #   as of n8
   "decode_sm90   *_c_d128   n16         255     24       0"   #   spills
   "decode_sm90   *_t_d128   n16         255    136       0"   #   spills
   "decode_sm90   *_b_d128   n16         255    112       0"   #   spills

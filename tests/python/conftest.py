@@ -7,12 +7,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-# Workers of pytest-xdist with a thread per core each fight for the cores: with 16 of them the GPU
-# tests took over 1000 s, with one thread each 74 s. numpy and torch read this when they are loaded.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(variable, "1")
-
 import half_budget
 import numpy as np
 import pytest
@@ -28,8 +22,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    share_cores(config)
     given = config.getoption("--seed")
     seeds.SEED = seeds.SEED if given is None else given
+
+
+def share_cores(config: pytest.Config) -> None:
+    """Workers of pytest-xdist with a thread per core each fight for the cores: with 16 of them the
+    GPU tests took over 1000 s, with one thread each 74 s. Said before they start: numpy and torch
+    look when they are loaded."""
+    if getattr(config.option, "numprocesses", None):
+        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ.setdefault(variable, "1")
 
 
 def pytest_report_header() -> str:

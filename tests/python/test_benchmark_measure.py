@@ -100,6 +100,15 @@ def test_graphs(measure: Any, device: Device) -> None:
     assert device.log == ["before", "a", "b"] + replay * (3 + 1 + 7)  # first calls load kernels
 
 
+def test_graphs_that_take_turns(measure: Any, device: Device) -> None:
+    slow = [lambda: device.run("a", 10.0), lambda: device.run("b", 32.0)]
+    fast = [lambda: device.run("c", 20.0)]
+    assert measure.graph_difference_us(slow, fast, 4, 7) == 1.0
+    # first calls load kernels; then turns: 3 to warm up, 1 to see how long they take, 7
+    assert device.log == ["a", "b", "c"] + (["a", "b"] * 2 + ["c"] * 4) * (3 + 1 + 7)
+    assert measure.graph_difference_us(fast, slow, 4, 7) == -1.0
+
+
 def test_host_times(measure: Any, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1e-4, 1.0, 1.0 + 2e-4, 2.0, 2.0 + 6e-4])
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 from test_benchmark_results import CUDNN, FACTS, INT4, benchmarks, module, our_row, result_row
 
+from bitdecoding import KvFormat
+
 __all__ = ["benchmarks"]  # a fixture
 CASES = ("8x8x4@131072", "64x8x4@8192", "1x8x4@8192")
 ROTATED = INT4 + "_kr128_vr128"
 G32 = "k2v2_c32_v32_p128_d128"
 BEST = G32 + "_kr128_vr128_kclip85_vclip85"
+V_ROTATED = G32 + "_vr128_kclip85_vclip85"
 
 
 @pytest.fixture
@@ -30,11 +33,11 @@ def make_decode() -> Any:
     wide = "8x8x4@65536:d256"
     rows = [result_row(CUDNN, 0.25, CASES[0]), result_row(CUDNN, 40.0, wide)]
     for case in CASES:
-        rows += [our_row(100.0, case), our_row(101.0, case, format=ROTATED)]
+        rows += [our_row(100.0, case), our_row(101.0, case, format=ROTATED, added_us=1.5)]
         rows += [our_row(200.0, case, format=G32), our_row(1.0, case, sinks=0)]
         rows += [our_row(1.0, case, selection="decode_sm80_*"), our_row(1.0, case, mode="plain")]
-    rows.append(our_row(203.0, CASES[1], format=BEST))
-    rows.append(our_row(201.0, CASES[2], format=G32 + "_vr128_kclip85_vclip85"))
+    rows.append(our_row(203.0, CASES[1], format=BEST, added_us=3.0))
+    rows.append(our_row(201.0, CASES[2], format=V_ROTATED, added_us=-1.0))
     rows.append(our_row(50.0, CASES[0], format="k2v2_c128_v128_p128_d128"))
     rows.append(our_row(10.0, wide, format="k4v4_c128_v128_p128_d256", bytes=2 * 10**7))
     return run_of(*rows)
@@ -57,12 +60,15 @@ def test_names(speed: Any) -> None:
     assert speed.plain(BEST) == "k2v2_c128_v128_p128_d128"
     assert speed.plain("k4v4_b32_v32_p128_d128") == speed.plain("k4v4_t64_v64_p128_d128") == INT4
     assert speed.plain("k4v2_c128_v32_p64_d64_norm_kr16") == "k4v2_c128_v128_p64_d64"
-    assert speed.untransformed(BEST) == speed.untransformed(G32 + "_norm") == G32
+    assert speed.untransformed(BEST) == speed.untransformed(G32) == G32
+    assert speed.untransformed(G32 + "_norm_kr64_vr64") == G32 + "_norm"  # it has other bytes
 
 
 def test_every_recipe_has_what_it_is_compared_with(speed: Any) -> None:
+    recommended = [str(KvFormat.recommended(bits=bits, head_dim=128)) for bits in (4, 3, 2)]
     for name in speed.RECIPES:
         assert {speed.plain(name), speed.untransformed(name)} <= set(speed.RECIPES)
+    assert set(recommended) <= set(speed.RECIPES)
 
 
 def test_speed(speed: Any) -> None:
@@ -76,10 +82,10 @@ def test_speed(speed: Any) -> None:
 
 def test_transforms(speed: Any) -> None:
     table = speed.transform_table(make_decode())
-    assert line_of(table, ROTATED) == ["+1.00 us, 0.99"] * 3 + ["yes"]
+    assert line_of(table, ROTATED) == ["+1.50 us, 0.99"] * 3 + ["yes"]
     assert line_of(table, BEST) == ["not timed", "+3.00 us, 0.99", "not timed", "**no**"]
     # One shape is not enough for a yes.
-    assert line_of(table, G32 + "_vr128_kclip85_vclip85")[2:] == ["+1.00 us, 1.00", "not timed"]
+    assert line_of(table, V_ROTATED)[2:] == ["-1.00 us, 1.00", "not timed"]
     assert f"`{G32}`" not in table
 
 
