@@ -7,14 +7,13 @@ python benchmarks/accuracy_tables.py            python benchmarks/accuracy_table
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
+from pages import updated, write
 from provenance import RESULTS, ROOT, standing
 from results import Results, Row, load
-from summary import updated
 
 RESULT = RESULTS / "accuracy_h200.json"
 SEARCHED = RESULTS / "bit_search_h200.json"
@@ -210,13 +209,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULT)
     parser.add_argument("--searched", type=Path, default=SEARCHED)
     args = parser.parse_args()
-    text = PAGE.read_text()
     searched = load(args.searched) if args.searched.exists() else None
-    new = document(load(args.results), searched, text)
-    if args.check and new != text:
-        sys.exit(f"{PAGE.relative_to(ROOT)} is older than the results: run accuracy_tables.py")
-    if not args.check:
-        PAGE.write_text(new)
+    text = document(load(args.results), searched, PAGE.read_text())
+    write({PAGE: text}, "accuracy_tables.py", args.check)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ ACCURACY = ("include", "src", "accuracy")
 SUFFIXES = {".hpp", ".cuh", ".cpp", ".cu", ".in", ".cmake", ".txt", ".py", ".csv"}
 # They only read results: a new column of a table is no reason to measure again.
 READERS = {
-    "accuracy_plot.py", "accuracy_tables.py", "compare.py", "plots.py", "provenance.py",
-    "recipe_speed.py", "summary.py", "target_table.py", "targets.py",
+    "accuracy_plot.py", "accuracy_tables.py", "compare.py", "pages.py", "plots.py",
+    "provenance.py", "recipe_speed.py", "summary.py", "target_table.py", "targets.py",
 }  # fmt: skip
 
 

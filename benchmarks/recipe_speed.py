@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from accuracy_tables import PAGE, table
-from provenance import RESULTS, ROOT, standing
+from pages import updated, write
+from provenance import RESULTS, standing
 from results import Results, Row, is_ours, load
 from shapes import Case, tagged
 from suites import APPEND_FORMATS, RECIPES, SUITES, untransformed
-from summary import microseconds, updated
+from summary import microseconds
 
 RESULT = RESULTS / "recipes_h200.json"
 APPEND = RESULTS / "append_h200.json"
@@ -163,12 +163,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where it would")
     args = parser.parse_args()
     decode, append = (load(path) if path.exists() else None for path in (RESULT, APPEND))
-    text = PAGE.read_text()
-    new = document(text, decode, append)
-    if args.check and new != text:
-        sys.exit(f"{PAGE.relative_to(ROOT)} is older than the results: run recipe_speed.py")
-    if not args.check:
-        PAGE.write_text(new)
+    write({PAGE: document(PAGE.read_text(), decode, append)}, "recipe_speed.py", args.check)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import textwrap
 from pathlib import Path
 
+from pages import updated, write
 from provenance import RESULTS, ROOT, standing, standings
 from results import CUDNN, FLASH, Results, Row, best_sixteen_bit, ceiling, load
 from shapes import Case, tagged
@@ -111,16 +111,6 @@ def decode_section(results: Results, link: str) -> str:
     return f"{wrapped}\n\n{table(results.rows, eight_cases())}"
 
 
-def updated(text: str, name: str, content: str) -> str:
-    """``text`` with ``content`` between the markers of that name."""
-    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
-    head, _, rest = text.partition(begin)
-    _, found, tail = rest.partition(end)
-    if not found:
-        raise ValueError(f"no {begin.strip()} ... {end.strip()}")
-    return f"{head}{begin}\n{content}\n{end}{tail}"
-
-
 def documents() -> dict[Path, str]:
     """Both READMEs as the results want them."""
     results = load(RESULT)
@@ -138,11 +128,7 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where it would")
     args = parser.parse_args()
-    for path, text in documents().items():
-        if args.check and text != path.read_text():
-            sys.exit(f"{path.relative_to(ROOT)} is older than the results: run summary.py")
-        if not args.check:
-            path.write_text(text)
+    write(documents(), "summary.py", args.check)
     print("\n".join(standings()))
 
 

@@ -16,7 +16,8 @@ class Agreement:
         self._same: list[torch.Tensor] = []
 
     def add(self, reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        """Logits (B, n, V) float32, what came next (B, n). Row by row: vocabularies are large."""
+        """The reference's log-probabilities, logits (B, n, V) float32, what came next (B, n). Row
+        by row: vocabularies are large."""
         rows = [_compare(*row) for row in zip(reference, logits, targets, strict=True)]
         columns = [torch.stack(column) for column in zip(*rows, strict=True)]
         places = (self._nll, self._reference_nll, self._kl, self._same)
@@ -44,7 +45,7 @@ def _compare(
     reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """(n, V) and (n,) -> nll, the reference's nll, KL(reference || logits) in nats, same top-1."""
-    p, q = reference.log_softmax(-1), logits.log_softmax(-1)
+    p, q = reference, logits.log_softmax(-1)
     same = p.argmax(-1) == q.argmax(-1)
     nll, reference_nll = (-x.gather(-1, targets[:, None])[:, 0] for x in (q, p))
     kl = (p.exp() * (p - q)).sum(-1)

@@ -37,8 +37,8 @@ def cross_check_rows(
     between, to_16bit = Agreement(), Agreement()
     counted = slice(plan.dense, tokens - 1)
     targets = ids[:, 1:][:, counted]
-    between.add(logits[:, counted], fake[:, counted], targets)
-    to_16bit.add(reference[:, counted], logits[:, counted], targets)
+    between.add(logits[:, counted].log_softmax(-1), fake[:, counted], targets)
+    to_16bit.add(reference[:, counted].log_softmax(-1), logits[:, counted], targets)
     rows = []
     for name, near, far in zip(names, between.rows(), to_16bit.rows(), strict=True):
         row = {

@@ -74,7 +74,7 @@ def text_rows(
     found = [Agreement() for _ in contenders]
     for index, size in enumerate(blocks):
         counted = min(size, tokens - 1 - start)  # nothing follows the last token
-        reference = next(reference_run)[:, :counted]
+        reference = next(reference_run)[:, :counted].log_softmax(-1)  # once for all contenders
         targets = ids[:, start + 1 : start + 1 + counted]
         for run, agreement in zip(runs, found, strict=True):
             logits = next(run)[:, :counted]

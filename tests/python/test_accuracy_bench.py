@@ -85,7 +85,7 @@ def test_agreement_against_float64() -> None:
     targets = torch.randint(9, (2, 50), generator=generator)
     found = Agreement()
     for part in (slice(0, 20), slice(20, 50)):
-        found.add(reference[:, part], logits[:, part], targets[:, part])
+        found.add(reference[:, part].log_softmax(-1), logits[:, part], targets[:, part])
     p, q = reference.double().softmax(-1), logits.double().softmax(-1)
     kl = (p * (p / q).log()).sum(-1)
     nll = -q.gather(-1, targets[..., None]).log()

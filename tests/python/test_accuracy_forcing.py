@@ -57,7 +57,7 @@ def test_schedule(page_tokens: int, keep_last: int, count: int) -> None:
 def divergence(a: Any, b: Any, ids: Any, first: int) -> float:
     """Mean KL(a || b) from position ``first`` on."""
     found = Agreement()
-    found.add(a[:, first:], b[:, first:], ids[:, first:])
+    found.add(a[:, first:].log_softmax(-1), b[:, first:], ids[:, first:])
     return max(float(row["kl"]) for row in found.rows())
 
 

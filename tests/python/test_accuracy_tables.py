@@ -88,7 +88,7 @@ def test_the_page_has_every_section(tables: Any, tmp_path: Path, monkeypatch: An
     importlib.import_module("results").save(file, results)
     importlib.import_module("results").save(second, searched)
     monkeypatch.setattr(tables, "PAGE", page)
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(importlib.import_module("pages"), "ROOT", tmp_path)
     files = ["--results", str(file), "--searched", str(second)]
     monkeypatch.setattr("sys.argv", ["accuracy_tables.py", *files])
     tables.main()

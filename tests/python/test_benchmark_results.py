@@ -167,13 +167,14 @@ def test_decode_table() -> None:
     ]
     content = summary.decode_section(results.Results(FACTS, rows), "x.json")
     assert "C = 4.00 TB/s" in content
+    pages = module("pages")
     text = "a\n<!-- decode:begin -->\nold\n<!-- decode:end -->\nb\n"
-    new = summary.updated(text, "decode", content)
+    new = pages.updated(text, "decode", content)
     assert new.startswith("a\n<!-- decode:begin -->\n\nDecode attention")
     assert new.endswith("| not timed |\n\n<!-- decode:end -->\nb\n")
-    assert summary.updated(new, "decode", content) == new
+    assert pages.updated(new, "decode", content) == new
     with pytest.raises(ValueError, match="decode:begin"):
-        summary.updated("a\n", "decode", content)
+        pages.updated("a\n", "decode", content)
 
 
 def test_readmes_show_the_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,9 +109,9 @@ def test_the_page(speed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     page, file = tmp_path / "page.md", tmp_path / "recipes.json"
     page.write_text(text)
     module("results").save(file, make_decode())
-    for name, value in (("PAGE", page), ("ROOT", tmp_path), ("RESULT", file)):
+    for name, value in (("PAGE", page), ("RESULT", file), ("APPEND", tmp_path / "none.json")):
         monkeypatch.setattr(speed, name, value)
-    monkeypatch.setattr(speed, "APPEND", tmp_path / "none.json")
+    monkeypatch.setattr(module("pages"), "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["recipe_speed.py", "--check"])
     with pytest.raises(SystemExit, match=r"older than the results: run recipe_speed\.py"):
         speed.main()
