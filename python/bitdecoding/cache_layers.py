@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from bitdecoding import KvFormat, PagedKvCache, Workspace
@@ -265,7 +265,7 @@ class SixteenBitLayer(_GrowsOnly, DynamicLayer):  # type: ignore[misc]
             attention_mask=None if mask is None else mask.to(query.device, torch.bool),
             device=query.device,
         )
-        return _sdpa(module, query, new, wide, scale)
+        return _sdpa(query, new, wide, scale)
 
     def fill(self, source: CacheLayerMixin, attention_mask: torch.Tensor | None) -> None:
         """Appends what another 16-bit layer holds."""
@@ -291,7 +291,7 @@ class WindowLayer(SixteenBitLayer, DynamicSlidingWindowLayer):  # type: ignore[m
     def attend(
         self, module: Any, query: torch.Tensor, new: NewTokens, mask: Any, scale: float
     ) -> torch.Tensor:
-        return _sdpa(module, query, new, mask, scale)
+        return _sdpa(query, new, mask, scale)
 
     def fill(self, source: CacheLayerMixin, attention_mask: torch.Tensor | None) -> None:
         seen = self.cumulative_length + source.get_seq_length()  # more than both still hold
@@ -304,12 +304,25 @@ class WindowLayer(SixteenBitLayer, DynamicSlidingWindowLayer):  # type: ignore[m
 
 
 def _sdpa(
-    module: Any, query: torch.Tensor, new: NewTokens, mask: torch.Tensor | None, scale: float
+    query: torch.Tensor, new: NewTokens, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    out: torch.Tensor = sdpa_attention_forward(
-        module, query, new.keys, new.values, mask, scaling=scale
-    )[0]
-    return out
+    """As attend; mask (B, 1, S, columns), or None for causal. Beside a mask every query head gets
+    keys and values of its own: where heads share them, as transformers' sdpa has it for a single KV
+    head, torch 2.11's kernel on CUDA gives a wrong last row for S = 1 (mod 64), in float32."""
+    keys, values = new.keys, new.values
+    if mask is not None:
+        heads = query.shape[1] // keys.shape[1]
+        keys, values = (x.repeat_interleave(heads, dim=1) for x in (keys, values))
+    out = scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None and query.shape[2] > 1,
+        scale=scale,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
+    return out.transpose(1, 2)
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
