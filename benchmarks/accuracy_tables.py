@@ -17,6 +17,7 @@ from results import Results, Row, load
 
 RESULT = RESULTS / "accuracy_h200.json"
 SEARCHED = RESULTS / "bit_search_h200.json"
+CROSS_CHECK = RESULTS / "cross_check_cpu.json"
 PAGE = ROOT / "docs/accuracy.md"
 ZONES = (16, 64)
 
@@ -154,13 +155,16 @@ def cross_check_line(results: Results) -> str:
     if not rows:
         return "Not measured.\n"
     share = max(row["kl_to_fake"] / max(row["kl"], LEAST_KL) for row in rows)
+    tokens = max(row["context"] for row in rows)
     failed = [row["recipe"] for row in rows if "error" in row]
     said = (
         f"{len(failed)} of them beyond the limit: {', '.join(failed)}" if failed else "all within"
     )
     return (
-        f"{len(rows)} recipes and models, {said}; the largest KL between cache and fake is "
-        f"{share:.1%} of the recipe's own KL.\n"
+        f"{len(rows)} recipes and models on a CPU, {tokens} tokens, {said}; the largest KL between "
+        f"cache and fake is {share:.1%} of the recipe's own KL "
+        f"({standing(CROSS_CHECK, results.facts['commit'])}, "
+        f"[results](../benchmarks/results/{CROSS_CHECK.name})).\n"
     )
 
 
@@ -188,14 +192,15 @@ def sections(results: Results) -> dict[str, str]:
         "needles": per_model("needle", needle_table),
         "generation": per_model("generation", generation_table),
         "layers": per_model("layers", layer_table),
-        "cross-check": cross_check_line(results),
     }
 
 
-def document(results: Results, searched: Results | None, text: str) -> str:
+def document(results: Results, searched: Results | None, checked: Results | None, text: str) -> str:
     found = sections(results)
     if searched is not None:
         found["search"] = search_table(searched)
+    if checked is not None:
+        found["cross-check"] = cross_check_line(checked)
     for name, content in found.items():
         text = updated(text, name, content)
     return text
@@ -208,9 +213,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where it would")
     parser.add_argument("--results", type=Path, default=RESULT)
     parser.add_argument("--searched", type=Path, default=SEARCHED)
+    parser.add_argument("--checked", type=Path, default=CROSS_CHECK)
     args = parser.parse_args()
-    searched = load(args.searched) if args.searched.exists() else None
-    text = document(load(args.results), searched, PAGE.read_text())
+    searched, checked = (
+        load(path) if path.exists() else None for path in (args.searched, args.checked)
+    )
+    text = document(load(args.results), searched, checked, PAGE.read_text())
     write({PAGE: text}, "accuracy_tables.py", args.check)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bits per layer, searched offline against an error budget (after KVTuner).
 
-PYTHONPATH=benchmarks python -m accuracy.bit_search --bits 2.75 3.5
+PYTHONPATH=benchmarks python -m accuracy.bit_search --bits 3 3.5
 
 Every pair of K and V bits, with and without a rotation of K, is tried on every full-attention layer
 by itself: the error of its attention output on a calibration text (layer_errors.py). Then the
@@ -23,6 +23,7 @@ from results import Results, Row, save
 from rich.console import Console
 
 from accuracy import caches, models, texts
+from accuracy.bench import available
 from accuracy.command import facts
 from accuracy.layer_errors import relative_errors
 from accuracy.recipes import RECIPES, WHOLE, Recipe
@@ -43,8 +44,8 @@ class Choice:
 
 
 def variants(base: Recipe, head_dim: int) -> list[Recipe]:
-    """``base`` in every pair of bits, each with and without a rotation of K, as far as this build
-    has them. Ranges are clipped at two bits alone."""
+    """``base`` in every pair of bits, each with and without a rotation of K. Ranges are clipped at
+    two bits alone."""
     found = []
     for k, v in PAIRS:
         fields = {**base.fields, "k_bits": k, "v_bits": v}
@@ -57,10 +58,9 @@ def variants(base: Recipe, head_dim: int) -> list[Recipe]:
     return [recipe for recipe in found if recipe.why_not(head_dim) is None]
 
 
-def sensitivities(model: Any, ids: torch.Tensor, base: Recipe) -> list[list[Choice]]:
+def sensitivities(model: Any, ids: torch.Tensor, recipes: Sequence[Recipe]) -> list[list[Choice]]:
     """Per full-attention layer its choices; ids (B, S) of a calibration text."""
     dim = caches.head_dim(model.config)
-    recipes = variants(base, dim)
     errors = relative_errors(model, ids, recipes)
     per_layer: list[list[Choice]] = []
     for index, kind in enumerate(caches.layer_kinds(model.config)):
@@ -139,8 +139,8 @@ def search(
     """Rows of the assignment for every budget and of every uniform variant, on texts of (S,)
     tokens."""
     config = model.config
-    uniform = variants(base, caches.head_dim(config))
-    choices = sensitivities(model, calibration[None], base)
+    uniform, _ = available(variants(base, caches.head_dim(config)), config, model.device.type)
+    choices = sensitivities(model, calibration[None], uniform)
     kinds = caches.layer_kinds(config)
     found = [layered(base, kinds, assign(choices, bits)) for bits in budgets]
     stacked = torch.stack(list(ids.values())).to(model.device)
@@ -158,11 +158,11 @@ def main() -> None:
     parser.add_argument(
         "--recipe",
         choices=list(RECIPES),
-        default="kivi-2 g32, V rotated, clipped",
+        default="kivi-2 g32/whole, V rotated, clipped",
         help="but its bits",
     )
     parser.add_argument(
-        "--bits", type=float, nargs="+", default=[2.75, 3.5], help="per element, mean, at most"
+        "--bits", type=float, nargs="+", default=[3.0, 3.5], help="per element, mean, at most"
     )
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

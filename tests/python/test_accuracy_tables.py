@@ -42,11 +42,11 @@ def make_rows() -> list[dict[str, Any]]:
          "repetition": 0.25} | fixed,
         {"kind": "layers", "recipe": "kivi-4 g128", "text": "all", "errors": [None, 0.2, 0.1]}
         | fixed,
-        {"kind": "cross-check", "recipe": "kivi-4 g128", "text": "novel", "kl_to_fake": 1e-5,
-         "kl": 1e-3} | fixed,
     ]  # fmt: skip
 
 
+CHECKED = {"kind": "cross-check", "recipe": "kivi-4 g128", "text": "novel", "kl_to_fake": 1e-5,
+           "kl": 1e-3, "model": "tiny", "context": 640}  # fmt: skip
 FACTS = {"cpu": "x", "threads": 2, "torch": "2", "transformers": "5", "commit": "abc"}
 
 
@@ -60,7 +60,6 @@ def test_sections(tables: Any) -> None:
     assert "| 16-bit | 90% |" in found["needles"]
     assert "| 16-bit | 8 of 8 | 25.0% |" in found["generation"]
     assert "| kivi-4 g128 | 0.100 | 0.200 | 0.200 |" in found["layers"]
-    assert "1.0% of the recipe's own KL" in found["cross-check"]
     assert "x, 2 threads" in found["source"]
 
 
@@ -79,25 +78,32 @@ def test_the_page_has_every_section(tables: Any, tmp_path: Path, monkeypatch: An
     text = tables.PAGE.read_text()
     layered = text_row("searched, 2.9 bits", "", 2.9, "novel", kl=0.01)
     searched = tables.Results(FACTS, [layered])
-    new = tables.document(results, searched, text)
+    checked = tables.Results(FACTS, [CHECKED])
+    new = tables.document(results, searched, checked, text)
     assert "Not measured yet" not in new
     assert "| tiny | searched, 2.9 bits | 2.900 | +0.00% (+0.00%) | 0.0100 (0.0100) |" in new
-    assert tables.document(results, searched, new) == new
-    page, file, second = (tmp_path / name for name in ("page.md", "results.json", "second.json"))
+    assert "1 recipes and models on a CPU, 640 tokens, all within" in new
+    assert "is 1.0% of the recipe's own KL (earlier commit abc" in new
+    assert tables.document(results, searched, checked, new) == new
+    failed = tables.Results(FACTS, [CHECKED, CHECKED | {"recipe": "oscar", "error": "why"}])
+    assert "1 of them beyond the limit: oscar" in tables.document(results, None, failed, text)
+    page, *files = (tmp_path / name for name in ("page.md", "1.json", "2.json", "3.json"))
     page.write_text(text)
-    importlib.import_module("results").save(file, results)
-    importlib.import_module("results").save(second, searched)
+    for file, one in zip(files, (results, searched, checked), strict=True):
+        importlib.import_module("results").save(file, one)
     monkeypatch.setattr(tables, "PAGE", page)
     monkeypatch.setattr(importlib.import_module("pages"), "ROOT", tmp_path)
-    files = ["--results", str(file), "--searched", str(second)]
-    monkeypatch.setattr("sys.argv", ["accuracy_tables.py", *files])
+    options = ("--results", "--searched", "--checked")
+    named = [word for pair in zip(options, map(str, files), strict=True) for word in pair]
+    monkeypatch.setattr("sys.argv", ["accuracy_tables.py", *named])
     tables.main()
     assert page.read_text() == new
 
 
-def test_the_committed_page_is_of_the_committed_results(tables: Any) -> None:
+def test_the_committed_page_is_of_the_committed_results(
+    tables: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not tables.RESULT.exists():
         pytest.skip("no results yet")
-    text = tables.PAGE.read_text()
-    searched = tables.load(tables.SEARCHED) if tables.SEARCHED.exists() else None
-    assert tables.document(tables.load(tables.RESULT), searched, text) == text
+    monkeypatch.setattr("sys.argv", ["accuracy_tables.py", "--check"])
+    tables.main()
