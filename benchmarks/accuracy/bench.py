@@ -122,9 +122,8 @@ class Bench:
             yield Unit("layers", keys, f"{len(group)} recipes, {tokens} tokens", measure)
 
     def _cross_checks(self) -> Iterator[Unit]:
-        """On a CPU alone, where both sides compute in float32. Between a CUDA cache and its caller
-        queries and outputs are fp16: codes that flip in later layers because of that were up to a
-        fifth of a recipe's KL."""
+        """On a CPU alone, where both sides compute in float32: between a CUDA cache and its caller
+        queries and outputs are fp16."""
         if self.model.device.type != "cpu":
             return
         tokens, names = self.sizes.cross_check, list(self.texts)[:1]

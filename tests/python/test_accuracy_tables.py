@@ -45,8 +45,8 @@ def make_rows() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-CHECKED = {"kind": "cross-check", "recipe": "kivi-4 g128", "text": "novel", "kl_to_fake": 1e-5,
-           "kl": 1e-3, "model": "tiny", "context": 640}  # fmt: skip
+CHECKED = {"kind": "cross-check", "recipe": "kivi-4 g128", "text": "novel",
+           "difference": 0.01, "model": "tiny", "context": 640}  # fmt: skip
 FACTS = {"cpu": "x", "threads": 2, "torch": "2", "transformers": "5", "commit": "abc"}
 
 
@@ -83,7 +83,7 @@ def test_the_page_has_every_section(tables: Any, tmp_path: Path, monkeypatch: An
     assert "Not measured yet" not in new
     assert "| tiny | searched, 2.9 bits | 2.900 | +0.00% (+0.00%) | 0.0100 (0.0100) |" in new
     assert "1 recipes and models on a CPU, 640 tokens, all within" in new
-    assert "is 1.0% of the recipe's own KL (earlier commit abc" in new
+    assert "is 1.00% of what the recipe loses in that layer (earlier commit abc" in new
     assert tables.document(results, searched, checked, new) == new
     failed = tables.Results(FACTS, [CHECKED, CHECKED | {"recipe": "oscar", "error": "why"}])
     assert "1 of them beyond the limit: oscar" in tables.document(results, None, failed, text)
