@@ -21,6 +21,7 @@ from tiny_models import (  # noqa: E402
     tokens,
 )
 
+from bitdecoding.cache_layers import NewTokens, SixteenBitLayer, _sdpa  # noqa: E402
 from bitdecoding.transformers import LowBitCache  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -110,3 +111,21 @@ def test_a_second_prompt_and_reuse() -> None:
     again = forward(model, second, together)
     assert (again - found).abs().max() < FLIPS * expected.std()
     together.check()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 66, 129])
+def test_attention_of_16_bit_layers_beside_a_window(rows: int, device: str) -> None:
+    """One KV head, as Gemma 3 270m has it. For 65 rows torch 2.11's own sharing of heads gave a
+    wrong last row on CUDA."""
+    generator = torch.Generator().manual_seed(rows)
+    columns = 511 + rows
+    query = torch.randn(10, rows, 4, 256, generator=generator).transpose(1, 2).to(device)
+    keys, values = torch.randn(2, 10, 1, columns, 256, generator=generator).to(device)
+    row = torch.arange(columns - rows, columns, device=device)[:, None]
+    column = torch.arange(columns, device=device)
+    mask = ((column <= row) & (column > row - 512)).expand(10, 1, rows, columns)
+    found = _sdpa(query, NewTokens(SixteenBitLayer(), keys, values), mask, 1.0)
+    scores = (query.double() @ keys.double().transpose(2, 3)).masked_fill(~mask, -torch.inf)
+    expected = (scores.softmax(-1) @ values.double()).transpose(1, 2)
+    assert (found - expected).abs().max() < 1e-4
