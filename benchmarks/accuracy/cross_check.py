@@ -19,36 +19,27 @@ from transformers.cache_utils import Cache
 from accuracy import caches, fake_cache
 from accuracy.forcing import schedule
 from accuracy.recipes import Recipe
-from bitdecoding.cache_layers import LowBitLayer, NewTokens, SixteenBitLayer
+from bitdecoding.cache_layers import LowBitLayer
+from bitdecoding.calibration import ProbedLayer
 from bitdecoding.transformers import ATTENTION
 
 LIMIT = 0.02  # of the recipe's own error: one code in 30000 that is off by a step makes as much
 
 
-class ComparedLayer(SixteenBitLayer):
-    """A 16-bit layer that gives two others what it gets itself."""
+class ComparedLayer(ProbedLayer):
+    """A 16-bit layer that compares a packed one and a fake one with each other."""
 
     def __init__(self, packed: LowBitLayer, fake: fake_cache.FakeLayer, dense: int) -> None:
-        super().__init__()
-        self.packed, self.fake, self.dense = packed, fake, dense
-        self.between = self.own = 0.0  # squared: packed - fake, fake - 16 bit
+        super().__init__([packed, fake], dense)
 
-    def attend(
-        self, module: Any, query: torch.Tensor, new: NewTokens, mask: Any, scale: float
-    ) -> torch.Tensor:
-        out = super().attend(module, query, new, mask, scale)
-        tokens, found = query.shape[2], []
-        for layer in (self.packed, self.fake):
-            theirs, _ = layer.update(new.keys[:, :, -tokens:], new.values[:, :, -tokens:])
-            found.append(layer.attend(module, query, theirs, mask, scale))
-        if new.keys.shape[2] > self.dense:  # nothing is packed before
-            packed, fake = found
-            self.between += float((packed - fake).double().square().sum())
-            self.own += float((fake - out).double().square().sum())
-        return out
+    def compare(self, out: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
+        packed, fake = found
+        self.error += (packed - fake).double().square().sum()
+        self.signal += (fake - out).double().square().sum()
 
     def difference(self) -> float:
-        return (self.between / self.own) ** 0.5
+        """The norm of packed - fake over that of fake - 16 bit."""
+        return self.relative()[0]
 
 
 def cross_check_rows(
@@ -58,10 +49,12 @@ def cross_check_rows(
     that is most, as a share of what the recipe loses there. Beyond LIMIT it has "error"."""
     tokens, config = ids.shape[1], model.config
     plan = schedule(tokens, caches.page_tokens(recipe, config), recipe.keep_last)
-    packed, fake = (
-        caches.make(recipe, config, tokens, plan.keep_last),
-        fake_cache.make(recipe, config),
-    )
+    if tokens <= plan.dense:
+        raise ValueError(
+            f"tokens = {tokens}; allowed: more than {plan.dense}, none is packed before"
+        )
+    packed = caches.make(recipe, config, tokens, plan.keep_last)
+    fake = fake_cache.make(recipe, config)
     cache: Cache = caches.make(None, config, tokens)
     for index, pair in enumerate(zip(packed.layers, fake.layers, strict=True)):
         if isinstance(pair[0], LowBitLayer):
@@ -71,7 +64,7 @@ def cross_check_rows(
         for block in ids.split(list(plan.blocks), dim=1):
             model.base_model(block, past_key_values=cache, use_cache=True)
     compared = [layer for layer in cache.layers if isinstance(layer, ComparedLayer)]
-    worst = max(layer.difference() for layer in compared)
+    worst = float(torch.tensor([layer.difference() for layer in compared]).max())  # keeps NaN
     row = {
         "kind": "cross-check", "text": names[0], "context": tokens, "recipe": recipe.name,
         "difference": float(f"{worst:.4g}"), "limit": LIMIT, "layers": len(compared),

@@ -34,9 +34,9 @@ __all__ = ["choose_key_rotations", "fold_value_rotation", "key_means"]
 
 
 class ProbedLayer(SixteenBitLayer):
-    """A 16-bit layer that compares what packed ones make of the same step."""
+    """A 16-bit layer that compares what others, packed ones, make of the same step."""
 
-    def __init__(self, probes: Sequence[LowBitLayer], dense: int) -> None:
+    def __init__(self, probes: Sequence[LowBitLayer | SixteenBitLayer], dense: int) -> None:
         super().__init__()
         self.probes, self.dense = probes, dense  # tokens of the first step, which isn't compared
         self.error = torch.zeros(len(probes), dtype=torch.float64)  # summed squares
@@ -46,17 +46,19 @@ class ProbedLayer(SixteenBitLayer):
         self, module: Any, query: torch.Tensor, new: NewTokens, mask: Any, scale: float
     ) -> torch.Tensor:
         out = super().attend(module, query, new, mask, scale)
-        tokens = query.shape[2]
-        counted = new.keys.shape[2] > self.dense
+        tokens, found = query.shape[2], []
         keys, values = new.keys[:, :, -tokens:], new.values[:, :, -tokens:]
-        for index, probe in enumerate(self.probes):
+        for probe in self.probes:
             theirs, _ = probe.update(keys, values)
-            found = probe.attend(module, query, theirs, mask, scale)
-            if counted:
-                self.error[index] += (found - out).double().square().sum().cpu()
-        if counted:
-            self.signal += out.double().square().sum().cpu()
+            found.append(probe.attend(module, query, theirs, mask, scale))
+        if new.keys.shape[2] > self.dense:
+            self.compare(out, found)
         return out
+
+    def compare(self, out: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
+        for index, theirs in enumerate(found):
+            self.error[index] += (theirs - out).double().square().sum().cpu()
+        self.signal += out.double().square().sum().cpu()
 
     def relative(self) -> list[float]:
         """Of every probe: the error's norm over that of the output."""

@@ -128,6 +128,20 @@ def test_a_fake_of_another_recipe_does_not_agree(
     assert "allowed" in row["error"]
 
 
+def test_a_nan_does_not_agree(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever layer has it."""
+    differences = iter([0.0, float("nan")])
+    found = lambda layer: next(differences)  # noqa: E731
+    monkeypatch.setattr(cross_check.ComparedLayer, "difference", found)
+    (row,) = cross_check.cross_check_rows(model, tokens(1, TOKENS), ["text"], KIVI2)
+    assert row["error"] == "difference = nan; allowed: at most 0.02"
+
+
+def test_a_cross_check_needs_packed_tokens(model: Any) -> None:
+    with pytest.raises(ValueError, match="tokens = 191; allowed: more than 191"):
+        cross_check.cross_check_rows(model, tokens(1, 191), ["text"], KIVI2)
+
+
 @pytest.mark.parametrize("block", [16, 64])
 def test_hadamard(block: int) -> None:
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
