@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
-from pages import updated, write
+from pages import source, updated, write
 from provenance import RESULTS, ROOT, standing
 from results import Results, Row, load
 
@@ -178,14 +178,14 @@ def sections(results: Results) -> dict[str, str]:
 
     facts = results.facts
     device = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
-    source = (
+    said = (
         f"{device}, torch {facts['torch']}, transformers {facts['transformers']}, "
         f"{standing(RESULT, facts['commit'])} ([results](../benchmarks/results/{RESULT.name})).\n"
     )
     targets = [line for name in names for line in target_lines(results, name)]
     head = ["model", "recipe", "aim", "found, worst text", "met"]
     return {
-        "source": source,
+        "source": said,
         "texts": per_model("text", text_table),
         "targets": table(head, targets),
         "needles": per_model("needle", needle_table),
@@ -197,7 +197,7 @@ def sections(results: Results) -> dict[str, str]:
 def document(results: Results, searched: Results | None, checked: Results | None, text: str) -> str:
     found = sections(results)
     if searched is not None:
-        found["search"] = search_table(searched)
+        found["search"] = f"{source(SEARCHED, searched.facts)}\n{search_table(searched)}"
     if checked is not None:
         found["cross-check"] = cross_check_line(checked)
     for name, content in found.items():

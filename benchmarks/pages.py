@@ -6,8 +6,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from provenance import ROOT
+from provenance import ROOT, standing
+
+
+def source(path: Path, facts: Mapping[str, Any]) -> str:
+    """Where the numbers of a section of docs/ come from."""
+    commit = standing(path, facts["commit"])
+    return f"{facts['gpu']}, {commit} ([results](../benchmarks/results/{path.name})).\n"
 
 
 def updated(text: str, name: str, content: str) -> str:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 from accuracy_tables import PAGE, table
-from pages import updated, write
-from provenance import RESULTS, standing
+from pages import source, updated, write
+from provenance import RESULTS
 from results import Results, Row, is_ours, load
 from shapes import Case, tagged
 from suites import APPEND_FORMATS, RECIPES, SUITES, untransformed
@@ -139,20 +138,15 @@ def wide_table(results: Results) -> str:
     return table(["B x Hkv x G, L", *(f"`{name}`" for name in formats)], lines)
 
 
-def source(path: Path, results: Results) -> str:
-    commit = standing(path, results.facts["commit"])
-    return f"{results.facts['gpu']}, {commit} ([results](../benchmarks/results/{path.name})).\n"
-
-
 def document(text: str, decode: Results | None, append: Results | None) -> str:
     """The page with what the results give; sections without results stay as they are."""
     if decode is not None:
-        said = source(RESULT, decode)
+        said = source(RESULT, decode.facts)
         text = updated(text, "speed", f"{said}\n{speed_table(decode)}")
         text = updated(text, "transforms", transform_table(decode))
         text = updated(text, "speed-256", wide_table(decode))
     if append is not None:
-        text = updated(text, "append", f"{source(APPEND, append)}\n{append_table(append)}")
+        text = updated(text, "append", f"{source(APPEND, append.facts)}\n{append_table(append)}")
     return text
 
 

@@ -104,7 +104,6 @@ def test_the_page(speed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     text = speed.PAGE.read_text()
     assert speed.document(text, None, None) == text
     new = speed.document(text, make_decode(), make_append())
-    assert "Not timed yet" not in new
     assert speed.document(new, make_decode(), make_append()) == new
     page, file = tmp_path / "page.md", tmp_path / "recipes.json"
     page.write_text(text)
