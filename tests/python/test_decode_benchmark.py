@@ -320,3 +320,35 @@ def test_affordable(cases: Any) -> None:
     assert measure.affordable(100, 0.0, float("inf")) == 100
     work = importlib.import_module("work")
     assert [work.host_calls(time) for time in (1.0, 1000.0, 1e6)] == [50, 10, 5]
+
+
+def test_transforms_are_timed_beside_the_same_memory(
+    torch: Any, cases: Any, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rotated format, and by turns the same pages and zones read without the rotation."""
+    decoded: list[PagedKvCache] = []
+    decode = PagedKvCache.decode  # pretended
+
+    def noted(self: PagedKvCache, *arguments: Any, **options: Any) -> Any:
+        decoded.append(self)
+        return decode(self, *arguments, **options)
+
+    def difference(calls: Any, others: Any, *_: Any, **__: Any) -> float:
+        decoded.clear()
+        for call in (*calls, *others):
+            call()
+        return 1.5
+
+    monkeypatch.setattr(PagedKvCache, "decode", noted)
+    monkeypatch.setattr(importlib.import_module("work"), "graph_difference_us", difference)
+    one = bench.Measurement("k4v4_c128_v128_p128_d128_kr128_vr128", bench.PLAN)
+    case, zones = cases.Case(2, 2, 1, 300), cases.Zones(16, 64)
+    (row,) = bench.decode_rows(case, one, zones, here(torch), bench.Effort())
+    assert (row["time_us"], row["added_us"]) == (10.0, 1.5)
+    rotated, plain = decoded[: len(decoded) // 2], decoded[len(decoded) // 2 :]
+    for a, b in zip(rotated, plain, strict=True):
+        assert (a.format.k_rotation, b.format.k_rotation, b.format.v_rotation) == (128, 0, 0)
+        for name in ("pool", "side", "block_table", "slots", "lengths", "packed"):
+            first, second = (torch.as_tensor(getattr(cache, name)) for cache in (a, b))
+            assert first.data_ptr() == second.data_ptr()
+        assert (a.keep_first, a.keep_last) == (b.keep_first, b.keep_last) == (16, 64)
