@@ -102,7 +102,7 @@ def test_fake_quantisation_agrees(model: Any, recipe: Any) -> None:
         return
     (row,) = cross_check.cross_check_rows(model, tokens(1, TOKENS), ["text"], recipe)
     assert "error" not in row
-    assert row["difference"] < 2e-3
+    assert row["difference"] < 2e-4
 
 
 def test_fake_quantisation_agrees_on_means(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +138,8 @@ def test_a_nan_does_not_agree(model: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_cross_check_needs_packed_tokens(model: Any) -> None:
-    with pytest.raises(ValueError, match="tokens = 191; allowed: more than 191"):
-        cross_check.cross_check_rows(model, tokens(1, 191), ["text"], KIVI2)
+    with pytest.raises(ValueError, match="tokens = 223; allowed: 224 or more"):
+        cross_check.cross_check_rows(model, tokens(1, 223), ["text"], KIVI2)
 
 
 @pytest.mark.parametrize("block", [16, 64])
