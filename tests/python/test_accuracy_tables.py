@@ -83,7 +83,8 @@ def test_the_page_has_every_section(tables: Any, tmp_path: Path, monkeypatch: An
     assert "Not measured" not in new
     assert "| tiny | searched, 2.9 bits | 2.900 | +0.00% (+0.00%) | 0.0100 (0.0100) |" in new
     assert "1 recipes and models on a CPU, 640 tokens, all within" in new
-    assert "is 1.00% of what the recipe loses in that layer (earlier commit abc" in new
+    assert "is 1.00% of what the recipe loses in that layer (" in new
+    assert "commit abc, [results](../benchmarks/results/cross_check_cpu.json)" in new
     assert tables.document(results, searched, checked, new) == new
     failed = tables.Results(FACTS, [CHECKED, CHECKED | {"recipe": "oscar", "error": "why"}])
     assert "1 of them beyond the limit: oscar" in tables.document(results, None, failed, text)
