@@ -16,13 +16,12 @@ template <DecodeConfig Config, class Groups>
 class CopyOnly {
  public:
   using S = Shape<Config>;
-  using QueryBits = decode::QueryBits<S>;
 
   __device__ CopyOnly(const DecodeArguments& a, const Groups& groups, int)
       : a_(a), groups_(groups) {}
 
-  __device__ QueryBits load_query(int, int) const { return {}; }
-  __device__ void begin_segment(const QueryBits&) {
+  __device__ void load_query(const SegmentPlace&) {}
+  __device__ void begin_segment(const SegmentPlace&) {
     softmax_.reset();
     output_.reset();
   }
@@ -247,17 +246,14 @@ class WithoutSoftmax : public CopyOnly<Config, Groups> {
   static_assert(S::page.k_axis == KAxis::channel, "per-token K finishes its scores in place");
 
   __device__ WithoutSoftmax(const DecodeArguments& a, const Groups& groups, int lane)
-      : CopyOnly<Config, Groups>(a, groups, lane), full_(a, groups, lane), lane_(lane) {}
+      : CopyOnly<Config, Groups>(a, groups, lane), lane_(lane) {}
 
-  using QueryBits = decode::QueryBits<S>;
-
-  __device__ QueryBits load_query(int sequence, int head) const {
-    return full_.load_query(sequence, head);
+  __device__ void load_query(const SegmentPlace& segment) {
+    decode::load_query<S>(this->a_, segment, S::columns, 0, arch::lane_id(), query_.q);
   }
-  __device__ void begin_segment(const QueryBits& bits) {
-    CopyOnly<Config, Groups>::begin_segment(bits);
-    const DecodeProblem& p = this->a_.problem;
-    set_query<S>(query_.q, query_.scale, bits, p, arch::lane_id());
+  __device__ void begin_segment(const SegmentPlace& segment) {
+    CopyOnly<Config, Groups>::begin_segment(segment);
+    set_query<S>(query_.q, query_.scale, this->a_.problem, arch::lane_id());
   }
 
   __device__ void attend(const ItemTokens& tokens, std::uint8_t* bytes) {
@@ -278,7 +274,6 @@ class WithoutSoftmax : public CopyOnly<Config, Groups> {
   }
 
  private:
-  Stream<Config, Groups> full_;  // loads the queries
   int lane_;
   Query<S> query_;
   ScoreScale<S, Groups::kMostChunkGroups> scale_;  // not applied

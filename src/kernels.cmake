@@ -37,7 +37,7 @@ set(BITDECODING_KERNEL_TABLE
   "decode_sm90   *_t_d128   n16         255    136       0"   #   spills
   "decode_sm90   *_b_d128   n16         255    112       0"   #   spills
   "decode_sm90   *_c_d128   n32         168      0       0"   #   wgmma: 3 warpgroups; not for blocks
-  "decode_sm90   *_t_d128   n32         168      0       0"
+  "decode_sm90   *_t_d128   n32         168      8       0"   #   spills
   "decode_sm90   *_c_d64    n32         168      8       0"   #   spills
   "decode_sm90   *_t_d64    n32         168      8       0"   #   spills
   "decode_sm90   *_c_d128   n64         255      0       0"   #   wgmma: 2 warpgroups

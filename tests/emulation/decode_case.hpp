@@ -245,6 +245,8 @@ class DecodeInputs {
       x = c.type == ElementType::f16 ? format::fp16_from_float(value)
                                      : format::bf16_from_float(value);
     }
+    constexpr std::uint16_t kNan = 0xffff;  // fp16 and bf16
+    if (draw.one_in(3)) q[draw.between(0, static_cast<int>(q.size()) - 1)] = kNan;
   }
 
   float query(int sequence, int token, int head, int channel) const {

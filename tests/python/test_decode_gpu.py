@@ -249,14 +249,15 @@ def test_large_scores_stay_finite(torch: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [4, 8])  # per KV head: rows that multiply bytes, and halves
-def test_an_infinite_query_spoils_its_own_row(torch: Any, heads: int) -> None:
-    rng = rng_of("infinite query")
+@pytest.mark.parametrize("value", [-np.inf, np.nan])
+def test_such_a_query_spoils_its_own_row(torch: Any, heads: int, value: float) -> None:
+    rng = rng_of("spoilt query")
     for f in FORMATS:
         cache = PagedKvCache(f, batch=1, num_kv_heads=1, max_tokens=400, device="cuda")
         k, v = rng.standard_normal((2, 1, 333, 1, f.head_dim)).astype(np.float16)
         cache.append(torch.from_numpy(k).cuda(), torch.from_numpy(v).cuda())
         q = torch.from_numpy(rng.standard_normal((1, 1, heads, f.head_dim))).half()
-        q[0, 0, 2, 5] = -np.inf
+        q[0, 0, 2, 5] = value
         out, lse = cache.decode(q.cuda(), return_softmax_lse=True)
         spoilt = torch.arange(heads) == 2
         assert torch.equal(out[0, 0].isnan().all(-1).cpu(), spoilt), f

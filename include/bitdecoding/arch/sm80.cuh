@@ -49,6 +49,13 @@ __device__ inline int count(int* counter) {
   return before;
 }
 
+// The larger one; NaN if either is NaN, which fmaxf passes over.
+__device__ inline float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
 // 2^x, to 2 ulp; -inf gives 0.
 __device__ inline float exp2(float x) {
   float power;

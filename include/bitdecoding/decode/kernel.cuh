@@ -54,7 +54,7 @@ class DecodeCta {
       __syncthreads();
       merge_streams();
     }
-    if (items.has_empty) write_other_sequences();
+    if (storage(warp_id()).has_empty) write_other_sequences();
   }
 
  private:
@@ -91,6 +91,7 @@ class DecodeCta {
     if (lane == 0) {
       WarpStorage& mine = storage(warp_id());
       mine.batch = batch;
+      mine.has_empty = items.has_empty;
       mine.shares = Shares(items.total, active_ctas(items.total, gridDim.x));
     }
     __syncwarp();
@@ -126,10 +127,26 @@ class DecodeCta {
                       storage(warp), lane);
     ItemCursor cursor = ring.start(range, items);
     if (cursor.done()) return;
-    // Queries are on their way while the ring fills, or while the segment before is finished.
-    const auto bits = stream.load_query(cursor.sequence(), cursor.head());
+    // Queries are on their way while the ring fills, or while the segment before is finished. What
+    // begins a segment stands here once: a second copy would have to be fetched in its turn.
+    stream.load_query(cursor.segment());
     ring.fill(cursor);
-    stream.begin_segment(bits);
+    for (;;) {
+      stream.begin_segment(ring.segment());
+      attend_segment(stream, ring);
+      Threads::sync();
+      const bool is_last = ring.is_last();
+      if (!is_last) stream.load_query(ring.next_segment());
+      finish(stream, ring);
+      if (is_last) return;
+      ring.written();
+      ring.release();
+    }
+  }
+
+  // The stream's items of a segment, but for the release of the last one.
+  template <class Attention>
+  __device__ __forceinline__ void attend_segment(Attention& stream, Ring<Config>& ring) {
     for (;;) {
       const ItemTokens tokens = ring.tokens();
       ring.wait(tokens);
@@ -143,15 +160,7 @@ class DecodeCta {
         ring.load_next();
         stream.attend(tokens, ring.bytes());
       }
-      if (tokens.flags & ItemTokens::last) {
-        Threads::sync();
-        const bool is_last = ring.is_last();
-        const SegmentPlace& next = is_last ? ring.segment() : ring.next_segment();
-        const auto next_bits = stream.load_query(next.sequence, next.head);
-        finish(stream, ring, (tokens.flags & ItemTokens::whole) != 0);
-        if (is_last) return;
-        stream.begin_segment(next_bits);
-      }
+      if (tokens.flags & ItemTokens::last) return;
       if (tokens.flags & ItemTokens::rewritten) ring.written();
       ring.release();
     }
@@ -160,14 +169,14 @@ class DecodeCta {
   // The segment's result leaves the registers for shared memory: a whole segment goes from there to
   // the output, one that an earlier stream began to the workspace; the stream's last segment stays.
   template <class Attention>
-  __device__ void finish(Attention& stream, Ring<Config>& ring, bool is_whole) {
+  __device__ void finish(Attention& stream, Ring<Config>& ring) {
     const int index = Threads::stream(), thread = Threads::thread();
     Partial<S>& partial = *stream_partial(index, ring.stage());
     Threads::sync();
     stream.store(partial);
     Threads::sync();
     const SegmentPlace segment = ring.segment();
-    if (is_whole) {
+    if (ring.tokens().flags & ItemTokens::whole) {
       store_whole(partial, segment);
     } else if (!ring.is_last()) {
       copy_partial<S, Threads::kThreads>(partial, *inner_partial(index), thread);

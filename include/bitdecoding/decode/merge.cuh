@@ -137,11 +137,7 @@ __device__ void rotate_output(float4 (&o)[MergedColumns<S, Columns>::kParts], in
     x[4 * part + 2] = o[part].z;
     x[4 * part + 3] = o[part].w;
   }
-  format::rotate<S::head_dim>(x, block, [](int distance) {
-    if (distance < 4) return format::Partner{distance, 0};
-    if (distance < 4 * Merged::kLanes) return format::Partner{0, distance / 4};
-    return format::Partner{distance / Merged::kLanes, 0};
-  });
+  format::rotate<4, Merged::kLanes>(x, block);
 #pragma unroll
   for (int part = 0; part < Merged::kParts; ++part) {
     o[part] = {x[4 * part], x[4 * part + 1], x[4 * part + 2], x[4 * part + 3]};

@@ -60,6 +60,7 @@ using Loader = std::conditional_t<Config.arch == Arch::sm90, BulkLoader<StreamTh
 // What a warp keeps in shared memory: registers are for the arithmetic.
 struct WarpStorage {
   BatchShape batch;
+  bool has_empty;                      // the batch has sequences without items
   Shares shares;                       // of the CTAs
   SegmentPlace segments[kMostStages];  // what a stage holds
   ItemTokens tokens[kMostStages];

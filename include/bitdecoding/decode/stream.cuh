@@ -18,24 +18,18 @@ template <DecodeConfig Config, class Groups>
 class Stream {
  public:
   using S = Shape<warp_config(Config)>;
-  using QueryBits = decode::QueryBits<S>;
 
   __device__ Stream(const DecodeArguments& a, const Groups& groups, int lane)
       : a_(a), groups_(groups), lane_(lane) {}
 
-  // `head`: virtual, see SegmentPlace. The queries are on their way until begin_segment.
-  __device__ QueryBits load_query(int sequence, int head) const {
-    const int kv_head = a_.column_tiles == 1 ? head : head / a_.column_tiles;
-    const int tile = head - kv_head * a_.column_tiles;
-    QueryBits bits;
-    decode::load_query<S>(a_.problem, sequence, kv_head,
-                          {tile * Config.query_columns + first_column(), a_.columns, a_.group},
-                          arch::lane_id(), bits);
-    return bits;
+  // The queries are on their way until begin_segment.
+  __device__ void load_query(const SegmentPlace& segment) {
+    decode::load_query<S>(a_, segment, Config.query_columns, first_column(), arch::lane_id(),
+                          query_.q);
   }
 
-  __device__ void begin_segment(const QueryBits& bits) {
-    set_query<S>(query_.q, query_.scale, bits, a_.problem, arch::lane_id());
+  __device__ void begin_segment(const SegmentPlace& /*segment*/) {
+    set_query<S>(query_.q, query_.scale, a_.problem, arch::lane_id());
     if constexpr (S::page.k_axis != KAxis::channel) {
       prepare_token_axis<S>(query_, arch::lane_id());
       sum_query<S>(query_.q, sums_);

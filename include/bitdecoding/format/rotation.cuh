@@ -7,41 +7,49 @@
 
 namespace bitdecoding::format {
 
-// Where the channel at some distance from a lane's value is: so many values further in the same
-// lane, or, if `lanes` is not 0, the same value of the lane whose number differs in that bit.
-struct Partner {
-  int values, lanes;
-};
-
-// Channels at this distance become their sum and difference. Partners are known when this is
-// compiled: a value whose place is not would lie in local memory.
-template <class PartnerAt, int Distance, int Values>
-__device__ void rotation_step(float (&x)[Values]) {
-  constexpr Partner partner = PartnerAt{}(Distance);
-  const float sign = (arch::lane_id() & partner.lanes) != 0 ? -1.f : 1.f;
+// Values of a lane that are Begin, 2 * Begin .. apart, below End and `end`, become their sums and
+// differences.
+template <int Begin, int End, int Values>
+__device__ void rotate_values(float (&x)[Values], int end) {
 #pragma unroll
-  for (int i = 0; i < Values; ++i) {
-    if constexpr (partner.lanes != 0) {
-      const float other = __shfl_xor_sync(0xffffffffu, x[i], partner.lanes);
-      x[i] = __fmaf_rn(x[i], sign, other);  // the product is exact
-    } else if ((i & partner.values) == 0) {
-      const float a = x[i], b = x[i + partner.values];
+  for (int step = Begin; step < End; step *= 2) {
+    if (step >= end) return;
+#pragma unroll
+    for (int i = 0; i < Values; ++i) {
+      if ((i & step) != 0) continue;
+      const float a = x[i], b = x[i + step];
       x[i] = __fadd_rn(a, b);
-      x[i + partner.values] = __fsub_rn(a, b);
+      x[i + step] = __fsub_rn(a, b);
     }
   }
 }
 
-// Of rows of HeadDim channels; x: the lane's. partner_at(distance) -> Partner, without a state.
-// Called by whole warps, `block` the same in all lanes; 0 changes nothing.
-template <int HeadDim, int Distance = 1, int Values, class PartnerAt>
-__device__ void rotate(float (&x)[Values], int block, const PartnerAt& partner_at) {
-  if constexpr (Distance < longest_rotation(HeadDim)) {
-    if (Distance < block) {
-      rotation_step<PartnerAt, Distance>(x);
-      return rotate<HeadDim, 2 * Distance>(x, block, partner_at);
+// So do values of lanes whose numbers differ in bit 1, 2 .. below `end`. Called by whole warps. A
+// loop where there are many: decode comes here once or twice a call, and waits for instructions that
+// it hasn't fetched yet.
+template <int Values>
+__device__ void rotate_lanes(float (&x)[Values], int end) {
+  constexpr int kSteps = 5, kUnrolled = Values > 8 ? 1 : kSteps;
+#pragma unroll kUnrolled
+  for (int step = 1; step < 1 << kSteps; step *= 2) {
+    if (step >= end) return;
+    const float sign = (arch::lane_id() & step) != 0 ? -1.f : 1.f;
+#pragma unroll
+    for (float& value : x) {
+      const float other = __shfl_xor_sync(0xffffffffu, value, step);
+      value = __fmaf_rn(value, sign, other);  // the product is exact
     }
   }
+}
+
+// Of rows that Lanes lanes have in pieces of Piece channels, piece after piece; x: the lane's pieces.
+// Called by whole warps, `block` the same in all lanes; 0 changes nothing.
+template <int Piece, int Lanes, int Values>
+__device__ void rotate(float (&x)[Values], int block) {
+  if (block == 0) return;
+  rotate_values<1, Piece>(x, block);
+  rotate_lanes(x, min(Lanes, block / Piece));
+  rotate_values<Piece, Values>(x, block / Lanes);
   const float scale = rotation_scale(block);
 #pragma unroll
   for (float& value : x) value = __fmul_rn(value, scale);

@@ -27,9 +27,7 @@ __device__ uint4 transform_piece(const uint4& eight, const uint4& mean, int rota
   float x[8];
   widen_piece(eight, x);
   subtract_mean(mean, x);
-  format::rotate<HeadDim>(x, rotation, [](int distance) {
-    return distance < 8 ? format::Partner{distance, 0} : format::Partner{0, distance / 8};
-  });
+  format::rotate<8, HeadDim / 8>(x, rotation);
   return narrow_piece(x);
 }
 

@@ -165,10 +165,6 @@ __device__ void transform_tile(const format::Arrival& arrival, int first, int to
   constexpr int kHeadDim = cute::size<1>(Tile{}.layout());
   constexpr int kChannels = format::longest_rotation(kHeadDim);  // at once
   constexpr int kPieces = kChannels / kPieceStep;
-  const auto partner_at = [](int distance) {
-    if (distance < 8) return format::Partner{distance, 0};
-    return distance < kPieceStep ? format::Partner{0, distance / 8} : format::Partner{8, 0};
-  };
   const int thread = arch::thread_id();
 #pragma unroll 1
   for (int token = max(first, 0) / kTokens * kTokens + thread / 8; token < tokens;
@@ -184,7 +180,7 @@ __device__ void transform_tile(const format::Arrival& arrival, int first, int to
         if (arrival.mean == nullptr) continue;
         subtract_mean(reinterpret_cast<const uint4&>(arrival.mean[channel]), x + 8 * i);
       }
-      format::rotate<kHeadDim>(x, arrival.rotation, partner_at);
+      format::rotate<8, kPieceStep / 8>(x, arrival.rotation);
       if (token < first) continue;
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {

@@ -33,13 +33,12 @@ __device__ void store_scaled(const QueryTensor<WarpColumns<S>>& scaled, int warp
   }
 }
 
-// A segment's queries. Publishing them is left to the caller.
+// A segment's queries, as load_query left them. Publishing them is left to the caller.
 template <Wgmma S>
-__device__ void begin_queries(const QueryBits<WarpColumns<S>>& bits, const DecodeProblem& problem,
-                              int warp, int lane, GroupStorage<S>& storage) {
+__device__ void begin_queries(Query<WarpColumns<S>>& query, const DecodeProblem& problem, int warp,
+                              int lane, GroupStorage<S>& storage) {
   using Q = WarpColumns<S>;
-  Query<Q> query;
-  set_query<Q>(query.q, query.scale, bits, problem, lane);
+  set_query<Q>(query.q, query.scale, problem, lane);
   keep_query<S>(query.q, warp, lane, storage);
   ColumnTensor<Q> sums;
   cute::clear(sums);

@@ -16,7 +16,6 @@ class GroupStream {
   using S = Shape<Config>;
   using Q = WarpColumns<S>;  // the warp's quarter
   using Threads = StreamThreads<Config>;
-  using QueryBits = decode::QueryBits<Q>;
 
   __device__ GroupStream(const DecodeArguments& a, GroupStorage<S>& storage)
       : a_(a),
@@ -26,22 +25,17 @@ class GroupStream {
         weights_row_(weights_row<S>(warp_, lane_)),
         scaled_(operand_b<S>(storage.scaled)) {}
 
-  // `head`: virtual, see SegmentPlace. The queries are on their way until begin_segment.
-  __device__ QueryBits load_query(int sequence, int head) const {
-    const int kv_head = a_.column_tiles == 1 ? head : head / a_.column_tiles;
-    const int tile = head - kv_head * a_.column_tiles;
-    const int first = tile * S::columns + first_column<S>(Threads::warp());
-    QueryBits bits;
-    decode::load_query<Q>(a_.problem, sequence, kv_head, {first, a_.columns, a_.group},
-                          arch::lane_id(), bits);
-    return bits;
-  }
+  // Nothing is on its way between segments: O takes the registers.
+  __device__ void load_query(const SegmentPlace& /*segment*/) {}
 
-  __device__ void begin_segment(const QueryBits& bits) {
+  __device__ void begin_segment(const SegmentPlace& segment) {
+    const int warp = Threads::warp(), lane = arch::lane_id();
+    Query<Q> query;
+    decode::load_query<Q>(a_, segment, S::columns, first_column<S>(warp), lane, query.q);
     Threads::sync();  // the last segment's partial is read
-    begin_queries<S>(bits, a_.problem, Threads::warp(), arch::lane_id(), storage_);
+    begin_queries<S>(query, a_.problem, warp, lane, storage_);
     publish_operand();
-    storage_.is_true[Threads::warp()] = 0;
+    storage_.is_true[warp] = 0;
     Threads::sync();
     output_.reset();
   }

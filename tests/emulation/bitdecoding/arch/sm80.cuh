@@ -24,6 +24,10 @@ inline int count(int* counter) {
   return before;
 }
 
+inline float max_or_nan(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b);
+}
+
 // Subnormal numbers count as 0.
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
 inline float exp2(float x) { return flush(std::exp2(x)); }
