@@ -72,12 +72,12 @@ def decode_rows(
         )
         label.update(kernel=plan["kernel"], copy=copy_engine(plan["kernel"]))
         plain = untransformed(one.format)
-        others = [] if plain == one.format else same_memory(copies, KvFormat.parse(plain))
-        calls, rivals = (
+        as_they_come = [] if plain == one.format else same_memory(copies, KvFormat.parse(plain))
+        calls, others = (
             [partial(cache.decode, q, out=out, kernel=named) for cache in each]
-            for each in (copies, others)
+            for each in (copies, as_they_come)
         )
-        return Work(calls, out, copies, rivals)
+        return Work(calls, out, copies, others)
 
     return measure(label, make, effort)
 

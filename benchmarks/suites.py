@@ -12,7 +12,7 @@ from shapes import Case, tagged
 INT4 = "k4v4_c128_v128_p128_d128"
 K4V2 = "k4v2_c128_v128_p128_d128"
 INT2 = "k2v2_c128_v128_p128_d128"
-SMALL_GROUPS = "k2v2_c32_v32_p128_d128_norm"  # 2 bits as they are really used
+SMALL_GROUPS = "k2v2_c32_v32_p128_d128_norm"  # the most parameters of the 2-bit formats
 INT4_PER_TOKEN = "k4v4_t128_v128_p128_d128"
 INT2_PER_TOKEN = "k2v2_t128_v128_p128_d128"
 INT4_D64 = "k4v4_c128_v64_p128_d64"
@@ -28,20 +28,18 @@ ROTATED_INT4 = INT4 + ROTATED
 INT2_G32 = "k2v2_c32_v32_p128_d128"
 BEST_INT2 = INT2_G32 + ROTATED + "_kclip85_vclip85"
 # KvFormat.recommended(bits=4 | 3 | 2, head_dim=128)
-RECOMMENDED = (
-    INT4 + "_vr128",
-    "k4v2_c128_v32_p128_d128_vr128",
-    "k2v2_c32_v128_p128_d128_vr128_kclip85_vclip80",
-)
+RECOMMENDED_INT4 = INT4 + "_vr128"
+RECOMMENDED_INT3 = "k4v2_c128_v32_p128_d128_vr128"
+RECOMMENDED_INT2 = "k2v2_c32_v128_p128_d128_vr128_kclip85_vclip80"
 # What docs/accuracy.md recommends or compares: groups, then what is done to K and V.
 RECIPES = (
     INT4,
-    RECOMMENDED[0],
+    RECOMMENDED_INT4,
     ROTATED_INT4,
     "k4v4_c32_v128_p128_d128",
     K4V2,
     "k4v2_c128_v32_p128_d128",
-    RECOMMENDED[1],
+    RECOMMENDED_INT3,
     "k4v2_c128_v32_p128_d128" + ROTATED,
     INT2,
     INT2 + ROTATED + "_kclip75_vclip75",
@@ -51,7 +49,8 @@ RECIPES = (
     SMALL_GROUPS,
     SMALL_GROUPS + ROTATED,
     "k2v2_c32_v128_p128_d128",
-    RECOMMENDED[2],
+    RECOMMENDED_INT2,
+    RECOMMENDED_INT2.replace("_vr128", ROTATED),
     INT4_PER_TOKEN,
     "k4v4_t64_v64_p128_d128",
     "k4v4_t64_v64_p128_d128" + ROTATED,

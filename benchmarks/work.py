@@ -55,14 +55,15 @@ class Work:
 def timed(mode: str, work: Work, effort: Effort) -> Row:
     """Times of graph replays, or of plain launches; of replays also added_us, where there are
     others to compare with."""
-    calls, most = work.calls, {"seconds": effort.seconds}
+    calls, seconds = work.calls, effort.seconds
     if mode == "plain":
-        return time_us(calls, effort.launches, **most)
-    launches = launches_needed(len(calls))
-    row = graph_time_us(calls, launches, effort.replays, **most)
+        return time_us(calls, effort.launches, seconds=seconds)
+    launches, replays = launches_needed(len(calls)), effort.replays
+    row = graph_time_us(calls, launches, replays, seconds=seconds)
     if work.others:
-        added = graph_difference_us(calls, work.others, launches, effort.replays, **most)
-        row["added_us"] = added
+        row["added_us"] = graph_difference_us(
+            calls, work.others, launches, replays, seconds=seconds
+        )
     return row
 
 
