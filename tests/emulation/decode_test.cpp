@@ -225,8 +225,8 @@ void compare(const Result& result, const Expected& expected, const DecodeInputs&
       };
       const double got = finite(widen(out[channel], p.type));
       const double want = finite(expected.out[row * d + channel]);
-      const bool both_nan = std::isnan(got) && std::isnan(want);
-      if (!both_nan && !(std::abs(got - want) <= bound)) {
+      const bool same = got == want || (std::isnan(got) && std::isnan(want));
+      if (!same && !(std::abs(got - want) <= bound)) {
         FAIL("channel ", channel, ": ", got, ", expected ", want, " +- ", bound);
       }
     }
