@@ -250,7 +250,7 @@ def test_large_scores_stay_finite(torch: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [4, 8])  # per KV head: rows that multiply bytes, and halves
 @pytest.mark.parametrize("value", [-np.inf, np.nan])
-def test_such_a_query_spoils_its_own_row(torch: Any, heads: int, value: float) -> None:
+def test_a_query_not_finite_spoils_its_own_row(torch: Any, heads: int, value: float) -> None:
     rng = rng_of("spoilt query")
     for f in FORMATS:
         cache = PagedKvCache(f, batch=1, num_kv_heads=1, max_tokens=400, device="cuda")
